@@ -1,0 +1,234 @@
+"""
+Compares AMM with other ways to spend the same tokens, over several seeds, on the pair of `distil.py`.
+
+    python examples/stories/compare.py --output_dir out/stories
+
+All methods start from the same warm-started student and are given the same number of optimizer steps, of sequences in
+a step and of tokens in a sequence, and the same learning rate. Each finished run is kept in `results.json` and is not
+repeated; the table goes to the terminal and to `results.md`.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from stories import (
+    COMPLETION_LENGTH,
+    add_arguments,
+    as_rows,
+    held_out_evaluation,
+    load_stories,
+    load_teacher,
+    method_arguments,
+    split_stories,
+    teacher_texts,
+    warm_start,
+)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
+
+from trl_kd import AMMConfig, AMMTrainer, KDConfig
+from trl_kd.evaluation import FIDELITY_METRICS, format_metric
+from trl_kd.losses import LinearLoss, Term, forward_kl, generalized_jsd, linear_loss
+from trl_kd.trainer.kd_trainer import _KDTrainer
+from trl_kd.trainer.tokens import TokenBatch
+
+
+class ForwardKLTrainer(_KDTrainer):
+    """Token-level KL(teacher || student): a method is one loss on the tokens of a micro-batch."""
+
+    divergence = staticmethod(forward_kl)
+
+    def token_loss(self, tokens: TokenBatch) -> LinearLoss:
+        """The divergence on all tokens, each with its weight."""
+        term = Term(self.divergence, weights=tokens.weights)
+        return linear_loss(tokens.pairs, {"divergence": term}, tokens.labels, self.args.loss_chunk_size)
+
+
+class JSDTrainer(ForwardKLTrainer):
+    """The same with the Jensen-Shannon divergence."""
+
+    divergence = staticmethod(generalized_jsd)
+
+
+@dataclass
+class Material:
+    """What the methods train on."""
+
+    student_path: str
+    teacher_path: str
+    tokenizer: PreTrainedTokenizerBase
+    teacher_rows: Dataset
+    gold_rows: Dataset
+    prompts: Dataset
+
+
+def run_kd(trainer_class: type, config_class: type, material: Material, arguments: dict[str, Any], **options) -> Any:
+    """One of our trainers, off-policy on the teacher's texts and on-policy on its own."""
+    return trainer_class(
+        model=material.student_path,
+        teacher_model=material.teacher_path,
+        args=config_class(**arguments, max_completion_length=COMPLETION_LENGTH, **options),
+        train_dataset=material.teacher_rows,
+        processing_class=material.tokenizer,
+    )
+
+
+def run_sft(rows: str, material: Material, arguments: dict[str, Any]) -> Any:
+    """Continued SFT, on the texts that the teacher wrote or on the stories themselves."""
+    return SFTTrainer(
+        model=material.student_path,
+        args=SFTConfig(**arguments),
+        train_dataset=getattr(material, rows),
+        processing_class=material.tokenizer,
+    )
+
+
+def run_trl(beta: float, material: Material, arguments: dict[str, Any]) -> Any:
+    """TRL's own distillation, on-policy only, from the same prompts."""
+    return DistillationTrainer(
+        model=material.student_path,
+        teacher_model=material.teacher_path,
+        args=DistillationConfig(**arguments, max_completion_length=COMPLETION_LENGTH, beta=beta),
+        train_dataset=material.prompts,
+        processing_class=material.tokenizer,
+    )
+
+
+METHODS: dict[str, Callable[[Material, dict[str, Any]], Any]] = {
+    "AMM": lambda *a: run_kd(AMMTrainer, AMMConfig, *a, critic="exact", lmbda=0.5),
+    "SFT, teacher's texts": lambda *a: run_sft("teacher_rows", *a),
+    "SFT, stories": lambda *a: run_sft("gold_rows", *a),
+    "forward KL": lambda *a: run_kd(ForwardKLTrainer, KDConfig, *a, lmbda=0.5),
+    "forward KL, off-policy": lambda *a: run_kd(ForwardKLTrainer, KDConfig, *a, lmbda=0.0),
+    "JSD": lambda *a: run_kd(JSDTrainer, KDConfig, *a, lmbda=0.5),
+    "TRL, beta 0.5": lambda *a: run_trl(0.5, *a),
+    "TRL, beta 1": lambda *a: run_trl(1.0, *a),
+}
+
+
+def summarise(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Rows of the table: mean and standard deviation over the seeds of a method, in the order of `METHODS`."""
+    rows = {name: results[name] for name in ("teacher", "before") if name in results}
+    for method in METHODS:
+        runs = [run for name, run in results.items() if name.startswith(f"{method} / ")]
+        if len(runs) == 1:
+            rows[method] = runs[0]
+        elif runs:
+            values = {key: [run[key] for run in runs] for key in runs[0]}
+            rows[method] = {key: (statistics.mean(v), statistics.stdev(v)) for key, v in values.items()}
+    return rows
+
+
+def differences(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """AMM minus each other method, run by run of the same seed: mean and standard deviation over the seeds."""
+    rows = {}
+    for method in [method for method in METHODS if method != "AMM"]:
+        pairs = [
+            (results[f"AMM / {seed}"], run)
+            for name, run in results.items()
+            if name.startswith(f"{method} / ") and f"AMM / {(seed := name.rsplit(' / ', 1)[1])}" in results
+        ]
+        if len(pairs) > 1:
+            values = {key: [amm[key] - other[key] for amm, other in pairs] for key in FIDELITY_METRICS}
+            rows[f"AMM - {method}"] = {key: (statistics.mean(v), statistics.stdev(v)) for key, v in values.items()}
+    return rows
+
+
+def markdown(rows: dict[str, dict[str, Any]], columns: dict[str, str]) -> str:
+    """A table with a row for each model."""
+    lines = [["model", *columns.values()], ["---", *["---:"] * len(columns)]]
+    lines += [[name, *(format_metric(row.get(key)) for key in columns)] for name, row in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def load_results(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Finished runs, if they were made with the same settings."""
+    if not file.exists():
+        return {"settings": settings, "runs": {}}
+    results = json.loads(file.read_text())
+    if results["settings"] != settings:
+        changed = {key: (results["settings"].get(key), value) for key, value in settings.items()}
+        changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+        raise ValueError(
+            f"{file} holds runs with other settings (there, now): {changed}. One table cannot mix them. Choose "
+            "another `--output_dir`, or remove the file."
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--output_dir", default="out/stories", help="Folder of everything that is made.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds of the runs.")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="Methods to run.")
+    parser.add_argument("--draws", type=int, default=2, help="Rollouts of each model per held-out story.")
+    args = parser.parse_args()
+    output_dir = Path(args.output_dir)
+
+    settings = {
+        key: getattr(args, key)
+        for key in ("warm_start_steps", "max_steps", "learning_rate", "texts_per_story", "num_test_stories", "draws")
+    }
+    results = load_results(output_dir / "results.json", settings)
+    runs: dict[str, dict[str, float]] = results["runs"]
+
+    teacher, tokenizer = load_teacher(args.teacher)
+    stories = load_stories(args.train_file, tokenizer)
+    student_path = warm_start(args.warm_start or output_dir / "warm_start", tokenizer, stories, args.warm_start_steps)
+    gold_prompts, gold = split_stories(stories)
+    prompts, completions = teacher_texts(
+        output_dir / "teacher_texts.json", teacher, gold_prompts, args.texts_per_story
+    )
+    material = Material(
+        student_path=str(student_path),
+        teacher_path=args.teacher,
+        tokenizer=tokenizer,
+        teacher_rows=as_rows(prompts, completions),
+        gold_rows=as_rows(gold_prompts, gold),
+        # TRL takes text and tokenises it: these prompts come back token by token, `<s>` included
+        prompts=Dataset.from_dict({"prompt": tokenizer.batch_decode(prompts, skip_special_tokens=True)}),
+    )
+    evaluate = held_out_evaluation(
+        teacher, load_stories(args.test_file, tokenizer)[: args.num_test_stories], args.draws
+    )
+
+    def keep(name: str, model: PreTrainedModel, seconds: float) -> None:
+        """Evaluates a model and adds it to the results file."""
+        runs[name] = evaluate(model) | {"train_seconds": seconds}
+        (output_dir / "results.json").write_text(json.dumps(results, indent=2))
+
+    for name, model in {"teacher": teacher, "before": AutoModelForCausalLM.from_pretrained(student_path)}.items():
+        if name not in runs:
+            keep(name, model, 0.0)
+    for seed in args.seeds:
+        for method in args.methods:
+            name = f"{method} / {seed}"
+            if name in runs:
+                continue
+            print(f"{method}, seed {seed}")
+            start = time.perf_counter()
+            arguments = method_arguments(output_dir / "runs", args.max_steps, args.learning_rate, seed)
+            trainer = METHODS[method](material, arguments)
+            trainer.train()
+            keep(name, trainer.model, time.perf_counter() - start)
+
+    rows, against = summarise(runs), differences(runs)
+    tokens = args.max_steps * 8 * COMPLETION_LENGTH
+    text = f"Mean ± standard deviation over seeds; at most {tokens} trained tokens per run. Settings: {settings}.\n\n"
+    text += markdown(rows, FIDELITY_METRICS | {"train_seconds": "seconds"})
+    if against:
+        text += f"\nAMM minus each other method, paired by seed:\n\n{markdown(against, FIDELITY_METRICS)}"
+    (output_dir / "results.md").write_text(text)
+    print(f"\n{text}\nWritten: {output_dir / 'results.json'} and {output_dir / 'results.md'}.")
+
+
+if __name__ == "__main__":
+    main()

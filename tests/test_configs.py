@@ -1,0 +1,192 @@
+"""Every field is documented three times in agreement, and works on the command line and in YAML."""
+
+import argparse
+import dataclasses
+import inspect
+import itertools
+import re
+
+import pytest
+import yaml
+from trl import SFTConfig, TrlParser
+
+from trl_kd import AMMConfig, KDConfig
+from trl_kd.scripts.generate import GenerateArguments
+
+
+CONFIGS = [KDConfig, AMMConfig, GenerateArguments]
+
+# field -> (text on the command line, value that is meant). A new field needs a line here.
+EXAMPLES = {
+    "teacher_model_name_or_path": ("some/teacher", "some/teacher"),
+    "teacher_model_init_kwargs": ('{"dtype": "bfloat16"}', {"dtype": "bfloat16"}),
+    "lmbda": ("0.25", 0.25),
+    "on_policy_weight": ("0.75", 0.75),
+    "off_policy_source": ("teacher", "teacher"),
+    "max_completion_length": ("7", 7),
+    "temperature": ("0.9", 0.9),
+    "top_p": ("0.95", 0.95),
+    "top_k": ("5", 5),
+    "min_p": ("0.01", 0.01),
+    "repetition_penalty": ("1.1", 1.1),
+    "generation_kwargs": ('{"typical_p": 0.9}', {"typical_p": 0.9}),
+    "loss_chunk_size": ("64", 64),
+    "aux_learning_rate": ("3e-4", 3e-4),
+    "aux_adam_beta1": ("0.0", 0.0),
+    "aux_adam_beta2": ("0.95", 0.95),
+    "aux_weight_decay": ("0.01", 0.01),
+    "aux_max_grad_norm": ("0.5", 0.5),
+    "aux_lr_scheduler_type": ("linear", "linear"),
+    "aux_warmup_steps": ("3", 3),
+    "log_completions": ("true", True),
+    "num_completions_to_print": ("2", 2),
+    "critic": ("exact_penalised", "exact_penalised"),
+    "gamma": ("0.9", 0.9),
+    "sft_loss_weight": ("0.1", 0.1),
+    "kl_loss_weight": ("0.5", 0.5),
+    "dataset_name": ("prompts.jsonl", "prompts.jsonl"),
+    "dataset_config": ("main", "main"),
+    "dataset_split": ("test", "test"),
+    "output_file": ("out.parquet", "out.parquet"),
+    "batch_size": ("3", 3),
+    "seed": ("7", 7),
+    "num_completions": ("4", 4),
+}
+
+TYPE_NAMES = {"str", "int", "float", "bool", "dict", "list"}
+
+
+def own_fields(config: type) -> list[dataclasses.Field]:
+    """Fields that the class itself declares, new or with another default than its parent's."""
+    declared = inspect.get_annotations(config)
+    return [field for field in dataclasses.fields(config) if field.name in declared]
+
+
+CASES = [
+    pytest.param(config, field, id=f"{config.__name__}-{field.name}")
+    for config in CONFIGS
+    for field in own_fields(config)
+]
+
+
+def docstring_entry(config: type, name: str) -> tuple[str, str | None, str]:
+    """Type, default (`None` where none is stated) and text of a field in the docstring of its class."""
+    docstring = inspect.cleandoc(config.__doc__)
+    # As in TRL, a field that only gets another default is named in the note; its parent describes it.
+    changed = re.search(rf"- `{name}`: Defaults to `([^`]+)`", docstring)
+    if changed is not None:
+        type_name, _, text = docstring_entry(config.__mro__[1], name)
+        return type_name, changed[1], text
+    lines = docstring.splitlines()
+    pattern = re.compile(rf"( *){name} \(`([^`]+)`(?:, \*optional\*)?(?:, defaults to `([^`]+)`)?\):")
+    for number, line in enumerate(lines):
+        match = pattern.fullmatch(line)
+        if match is None:
+            continue
+        indent = " " * (len(match[1]) + 4)
+        text = itertools.takewhile(lambda follower, indent=indent: follower.startswith(indent), lines[number + 1 :])
+        return match[2], match[3], " ".join(part.strip() for part in text)
+    raise AssertionError(f"The docstring of {config.__name__} has no entry of the form `{name} (`type`, ...):`")
+
+
+def type_names(annotation: object) -> set[str]:
+    """`dict[str, Any] | str | None` -> {"dict", "str"}"""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return set(re.findall(r"\w+", re.sub(r"\[[^]]*\]", "", text))) & TYPE_NAMES
+
+
+def plain(text: str) -> str:
+    """Words of a text, without the markup, links and quotes in which a docstring differs from a terminal."""
+    text = re.sub(r"\[`~?([\w.]+)`\]", r"\1", text)
+    text = re.sub(r"\b(?:transformers|datasets|trl|peft)\.(?=[A-Z])", "", text)
+    return re.sub(r"[`'\"\s]+", " ", text).replace(" .", ".").replace(" ,", ",").strip().casefold()
+
+
+@pytest.mark.parametrize(("config", "field"), CASES)
+def test_config_field_docstring_names_type_and_default(config, field):
+    type_name, default, _ = docstring_entry(config, field.name)
+    assert type_names(type_name) <= type_names(field.type) and type_names(type_name)
+    if default is None:
+        assert field.default is None
+    else:
+        assert yaml.safe_load(default.replace('"', "")) == field.default
+        assert default == (f'"{field.default}"' if isinstance(field.default, str) else repr(field.default))
+
+
+@pytest.mark.parametrize(("config", "field"), CASES)
+def test_config_field_help_says_what_the_docstring_says(config, field):
+    _, _, text = docstring_entry(config, field.name)
+    shown = field.metadata["help"] % {}  # a lone % fails here, as it does in argparse
+    assert plain(shown).rstrip(".") == plain(text).rstrip(".")
+
+
+@pytest.mark.parametrize(("config", "field"), CASES)
+def test_config_field_has_an_example_that_differs_from_the_default(config, field):
+    assert EXAMPLES[field.name][1] != field.default
+
+
+def parse(config: type, arguments: list[str]):
+    return TrlParser(config).parse_args_and_config(arguments)[0]
+
+
+def base_arguments(config: type, tmp_path) -> list[str]:
+    return ["--output_dir", str(tmp_path)] if issubclass(config, SFTConfig) else []
+
+
+@pytest.mark.parametrize(("config", "field"), CASES)
+def test_config_field_is_read_from_the_command_line(config, field, tmp_path):
+    text, value = EXAMPLES[field.name]
+    parsed = parse(config, [*base_arguments(config, tmp_path), f"--{field.name}", text])
+    assert getattr(parsed, field.name) == value
+    assert type(getattr(parsed, field.name)) is type(value)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_fields_are_read_from_yaml(config, tmp_path):
+    values = {field.name: EXAMPLES[field.name][1] for field in own_fields(config)}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    parsed = parse(config, [*base_arguments(config, tmp_path), "--config", str(file)])
+    assert {name: getattr(parsed, name) for name in values} == values
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_command_line_wins_over_yaml(config, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("temperature: 0.5\ntop_k: 3\n")
+    parsed = parse(config, [*base_arguments(config, tmp_path), "--config", str(file), "--temperature", "0.7"])
+    assert (parsed.temperature, parsed.top_k) == (0.7, 3)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_defaults_survive_the_command_line(config, tmp_path):
+    parsed = parse(config, base_arguments(config, tmp_path))
+    for field in own_fields(config):
+        assert getattr(parsed, field.name) == field.default, field.name
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_help_shows_every_field(config):
+    parser = TrlParser(config)
+    shown = parser.format_help()
+    for field in own_fields(config):
+        assert f"--{field.name}" in shown
+    assert not any(action.help is argparse.SUPPRESS for action in parser._actions)
+
+
+@pytest.mark.parametrize("config", [KDConfig, AMMConfig])
+def test_config_docstring_note_names_changed_defaults(config):
+    """A field that the parent has too, with another default, is named in the note."""
+    parent = config.__mro__[1]
+    inherited = {field.name: field.default for field in dataclasses.fields(parent)}
+    note = config.__doc__.partition("[!NOTE]")[2]
+    for field in own_fields(config):
+        if field.name in inherited and inherited[field.name] != field.default:
+            assert f"`{field.name}`" in note
+
+
+@pytest.mark.parametrize("config", [KDConfig, AMMConfig])
+def test_config_docstring_has_no_entry_without_a_field(config):
+    names = re.findall(r"^ +(\w+) \(`", config.__doc__, flags=re.MULTILINE)
+    assert names and set(names) <= {field.name for field in dataclasses.fields(config)}
+    assert len(names) == len(set(names))

@@ -1,0 +1,127 @@
+"""Every version branch, and every non-public name of TRL, Transformers or PEFT that the package touches."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+
+def plain_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A parameter as a dense tensor: FSDP2 shards are gathered, with gradient."""
+    from torch.distributed.tensor import DTensor
+
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def plain_weight(module: nn.Module) -> torch.Tensor:
+    """Weight of an output head as a dense tensor: gathered (FSDP2), dequantised (bitsandbytes 4 and 8 bit)."""
+    if module.weight.is_floating_point() and not type(module.weight).__module__.startswith("bitsandbytes"):
+        return plain_parameter(module.weight)
+    # PEFT keeps the list of quantised layouts; it returns what is not quantised unchanged
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module)
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether the model is wrapped by PEFT; `peft` is imported only if it is loaded already."""
+    from accelerate.utils import is_peft_model
+
+    return is_peft_model(model)
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Whether the model stays where it was loaded: dispatched by a device map, or quantised."""
+    return "hf_device_map" in vars(model) or "quantization_config" in model.config.to_dict()
+
+
+def run_inside_forward(wrapped: nn.Module, model: nn.Module, method: Callable[..., Any], *args: Any) -> Any:
+    """
+    Call `method(*args)` inside the forward of `wrapped`, which wraps `model` (DDP, FSDP, DeepSpeed, or itself).
+
+    Gradient synchronisation and parameter gathering hang on the wrapper's forward; a loss that is computed outside of
+    it goes unseen. The idea is Lightning's forward redirection, which TRL uses too.
+    """
+    patched = "forward" in model.__dict__  # accelerate patches the instance; else the class attribute must return
+    original = model.forward
+
+    def restore() -> None:
+        if patched:
+            model.forward = original
+        else:
+            model.__dict__.pop("forward", None)
+
+    def redirected(*inner_args: Any) -> Any:
+        restore()  # `method` calls the real forward
+        return method(*inner_args)
+
+    model.forward = redirected
+    try:
+        return wrapped(*args)
+    finally:
+        restore()
+
+
+@contextmanager
+def swapped_generation_config(model: nn.Module, generation_config: Any) -> Iterator[None]:
+    """
+    Let `model` generate with this config alone.
+
+    `generate` fills options that are unset from the model's own config, such as the `top_k` and `repetition_penalty`
+    that many models ship. A rollout with those is not a sample of the student.
+    """
+    owner = model.get_base_model() if is_peft_model(model) else model
+    original = owner.generation_config
+    owner.generation_config = generation_config
+    try:
+        yield
+    finally:
+        owner.generation_config = original
+
+
+def print_completions(prompts: list[str], completions: list[str], step: int, num_samples: int | None) -> None:
+    """Rich table of prompts and completions, as TRL's trainers print it."""
+    from trl.trainer.utils import print_prompt_completions_sample
+
+    print_prompt_completions_sample(prompts, completions, {}, None, step, num_samples)
+
+
+def rotate_checkpoints(output_dir: str, save_total_limit: int | None, best_model_checkpoint: str | None) -> None:
+    """Delete the oldest checkpoints beyond the limit, as the Trainer does."""
+    from transformers.trainer_utils import rotate_checkpoints
+
+    rotate_checkpoints(output_dir, save_total_limit, best_model_checkpoint, use_mtime=True)
+
+
+def config_model_id(model: nn.Module) -> str:
+    """Name or path that the model was loaded from; empty for a model that was built in memory."""
+    return model.config.name_or_path or ""
+
+
+def hooked_sft_trainer() -> type:
+    """`SFTTrainer` with public hooks in place of the private methods that a KD trainer must extend."""
+    from trl import SFTTrainer
+
+    class HookedSFTTrainer(SFTTrainer):
+        """Maps private methods of the Trainer to the hooks `save_state_to`, `load_state_from`, `checkpoint`."""
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            self.save_state_to(output_dir)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self.load_state_from(checkpoint)
+
+        def _load_best_model(self) -> None:
+            super()._load_best_model()
+            self.load_state_from(self.state.best_model_checkpoint)
+
+        def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+            folder = f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}"
+            self.checkpoint(folder, lambda: super(HookedSFTTrainer, self)._save_checkpoint(model, trial))
+
+    return HookedSFTTrainer

@@ -1,0 +1,77 @@
+"""`trl-kd <command>`: picks the command, and imports what it needs only then."""
+
+import importlib
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+
+
+# Command -> what it does, in one line. The module is `trl_kd.scripts.<command>`.
+COMMANDS = {
+    "amm": "distil a teacher into a student by adversarial moment matching",
+    "generate": "let a teacher write the completions for the prompts of a dataset",
+    "demo": "see all of it on a CPU, offline, on a small teacher made on the spot",
+}
+# These go through `accelerate launch` when a launch argument is given.
+TRAINING_COMMANDS = ("amm",)
+
+
+def make_parser() -> ArgumentParser:
+    """Parser of the command's name alone."""
+    width = max(map(len, COMMANDS))
+    parser = ArgumentParser(
+        prog="trl-kd",
+        usage="trl-kd <command> [options]",
+        description="Knowledge distillation for language models, on TRL.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+        + "\n\n`trl-kd <command> --help` lists the options of a command.",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="<command>", help="one of those below")
+    parser.add_argument("--version", action="version", version=version())
+    return parser
+
+
+def version() -> str:
+    """Version of this package, read without importing it anew."""
+    from trl_kd import __version__
+
+    return f"trl_kd {__version__}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run one command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Arguments after the program's name. Defaults to those of the process.
+
+    Returns:
+        `int`: Exit status. Bad arguments leave by `SystemExit` with status 2, as in argparse.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    # What follows the command belongs to the command: its `--help` too.
+    command = parser.parse_args(argv[:1]).command
+    arguments = argv[1:]
+
+    if command in TRAINING_COMMANDS and not {"-h", "--help"} & set(arguments):
+        from trl_kd.scripts.launch import launch, split_launch_arguments
+
+        launch_arguments, arguments = split_launch_arguments(arguments, prog=f"trl-kd {command}")
+        if launch_arguments:
+            launch(f"trl_kd.scripts.{command}", launch_arguments, arguments)
+            return 0
+
+    importlib.import_module(f"trl_kd.scripts.{command}").run(arguments, prog=f"trl-kd {command}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

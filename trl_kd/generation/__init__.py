@@ -1,0 +1,22 @@
+"""Rollouts: text that the student or the teacher writes, as rows that look like data."""
+
+from trl_kd.generation.rollouts import (
+    RolloutWriter,
+    Sampling,
+    completed_row,
+    distinct_n,
+    draw_on_policy,
+    generate_completions,
+    rollout_seed,
+)
+
+
+__all__ = [
+    "RolloutWriter",
+    "Sampling",
+    "completed_row",
+    "distinct_n",
+    "draw_on_policy",
+    "generate_completions",
+    "rollout_seed",
+]

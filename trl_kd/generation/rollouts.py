@@ -1,0 +1,284 @@
+"""Sampling completions, and putting them in the place of dataset rows before the tokens of a step are counted."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from trl_kd._compat import swapped_generation_config
+from trl_kd.data.collator import KDCollator, rows_of
+
+
+# Writes one completion (token ids, EOS included) for each prompt, under a seed
+Writer = Callable[[list[list[int]], int], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    r"""
+    How completions are drawn. The defaults sample from the model itself.
+
+    Args:
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Longest completion, in tokens.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature. `0.0` decodes greedily.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Probability mass of the tokens to draw from.
+        top_k (`int`, *optional*, defaults to `0`):
+            Number of tokens to draw from; `0` for all.
+        min_p (`float`, *optional*):
+            Smallest probability of a token, relative to the most likely one.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`):
+            Penalty on tokens that occurred already; `1.0` for none.
+        generation_kwargs (`dict[str, Any]`, *optional*):
+            Further fields of [`~transformers.GenerationConfig`]; they win over the fields above.
+    """
+
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def to_generation_config(self, pad_token_id: int, eos_token_ids: list[int]) -> GenerationConfig:
+        """The whole truth about a rollout, with the KV cache on whatever the training forward does."""
+        greedy = self.temperature == 0.0
+        settings = {
+            "max_new_tokens": self.max_completion_length,
+            "do_sample": not greedy,
+            "repetition_penalty": self.repetition_penalty,
+            "pad_token_id": pad_token_id,
+            "eos_token_id": eos_token_ids,
+            "use_cache": True,
+            "disable_compile": True,
+        }
+        if not greedy:
+            settings |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            if self.min_p is not None:
+                settings["min_p"] = self.min_p
+        return GenerationConfig(**(settings | self.generation_kwargs))
+
+
+def rollout_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, such as (seed, step, rank, micro-batch)."""
+    digest = hashlib.sha256(repr(tuple(int(number) for number in numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextmanager
+def _forked_rng(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the generators that sampling uses; give them back as they were."""
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng(devices=[] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def generate_completions(
+    model: Any,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    pad_token_id: int,
+    eos_token_ids: list[int],
+    seed: int,
+) -> list[list[int]]:
+    r"""
+    Sample one completion for each prompt, in one batch.
+
+    The model's mode, its generation config and the global random state are the same afterwards.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, unwrapped.
+        prompts (`list[list[int]]`):
+            Token ids of the prompts.
+        sampling ([`Sampling`]):
+            How tokens are drawn.
+        pad_token_id (`int`):
+            Filler for the batch. It may equal an EOS id.
+        eos_token_ids (`list[int]`):
+            Ids that end a completion.
+        seed (`int`):
+            Seed of this batch's draws.
+
+    Returns:
+        `list[list[int]]`: completion ids, up to and with the first EOS; without EOS where the limit cut them off.
+    """
+    if not prompts:
+        return []
+    device = model.get_input_embeddings().weight.device
+    length = max(len(prompt) for prompt in prompts)
+    padded = [[pad_token_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    masks = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    config = sampling.to_generation_config(pad_token_id, eos_token_ids)
+    was_training = model.training
+    model.eval()
+    try:
+        with _forked_rng(device, seed), swapped_generation_config(model, config):
+            output = model.generate(
+                input_ids=torch.tensor(padded, device=device),
+                attention_mask=torch.tensor(masks, device=device),
+                generation_config=config,
+            )
+    finally:
+        model.train(was_training)
+    completions = output[:, length:]
+    is_eos = torch.isin(completions, torch.tensor(eos_token_ids, device=device))
+    ended, first = is_eos.any(dim=1), is_eos.int().argmax(dim=1)
+    lengths = torch.where(ended, first + 1, completions.shape[1])
+    return [ids[:n] for ids, n in zip(completions.tolist(), lengths.tolist(), strict=True)]
+
+
+def draw_on_policy(num_rows: int, lmbda: float, seed: int, step: int) -> list[bool]:
+    r"""
+    Which rows of an optimizer step are replaced by rollouts.
+
+    Systematic sampling (ours): one uniform offset per step, then every 1/lmbda-th row. Each row is drawn with
+    probability `lmbda`, the number of rows is `lmbda * num_rows` rounded up or down, and the rows spread evenly over
+    micro-batches and ranks, so that none waits for another.
+
+    Args:
+        num_rows (`int`):
+            Rows of the step, over all micro-batches and ranks, in dataset order.
+        lmbda (`float`):
+            Share of on-policy rows.
+        seed (`int`):
+            Seed of the run.
+        step (`int`):
+            Optimizer step.
+
+    Returns:
+        `list[bool]` of length `num_rows`; the same on every rank and after a resume.
+    """
+    offset = random.Random(rollout_seed(seed, step)).random()
+    # Rounded, or 0.1 + 0.2 would draw a row more or less than 0.3
+    ticks = [int(round(index * lmbda + offset, 9)) for index in range(num_rows + 1)]
+    return [after > before for before, after in zip(ticks, ticks[1:], strict=False)]
+
+
+def distinct_n(completions: list[list[int]], n: int = 2) -> float:
+    """Share of different n-grams among all n-grams of the completions; 0 if there are none."""
+    ngrams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+class RolloutWriter:
+    r"""
+    Replaces rows of an optimizer step by rollouts of their own prompts.
+
+    Args:
+        collator ([`KDCollator`]):
+            Makes batches of rows again.
+        lmbda (`float`):
+            Share of rows that the student writes.
+        rewrite_off_policy (`bool`):
+            Whether the teacher writes the completion of every other row, or only of those that have none.
+        seed (`int`):
+            Seed of the run.
+        rank (`int`):
+            Index of this process.
+        world_size (`int`):
+            Number of processes.
+    """
+
+    def __init__(
+        self,
+        collator: KDCollator,
+        lmbda: float,
+        rewrite_off_policy: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.collator = collator
+        self.lmbda = lmbda
+        self.rewrite_off_policy = rewrite_off_policy
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.last_prompts: list[list[int]] = []
+        self.last_completions: list[list[int]] = []
+
+    def replace(
+        self, batches: list[dict[str, torch.Tensor]], step: int, student: Writer, teacher: Writer
+    ) -> list[dict[str, torch.Tensor]]:
+        r"""
+        Micro-batches of one optimizer step, with their rollouts in place.
+
+        Args:
+            batches (`list[dict[str, torch.Tensor]]`):
+                Collated micro-batches of this rank.
+            step (`int`):
+                Optimizer step, the seed of all draws.
+            student (`Callable`):
+                Writes completions for prompts, under a seed.
+            teacher (`Callable`):
+                The same for the teacher.
+
+        Returns:
+            `list[dict[str, torch.Tensor]]`
+        """
+        self.last_prompts, self.last_completions = [], []
+        sizes = [len(batch["prompt_length"]) for batch in batches]
+        drawn = draw_on_policy(sum(sizes) * self.world_size, self.lmbda, self.seed, step)
+        replaced, start = [], 0
+        for index, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+            # The loader deals micro-batches out to the ranks in turn
+            first = start * self.world_size + self.rank * size
+            on_policy = drawn[first : first + size]
+            start += size
+            if any(on_policy) or self._needs_teacher(batch, on_policy):
+                # Numbers of the teacher's draws start apart from the student's
+                seeds = [rollout_seed(self.seed, step, self.rank, index, who) for who in (0, 1)]
+                batch = self._replace_rows(batch, on_policy, student, teacher, seeds)
+            replaced.append(batch)
+        return replaced
+
+    def _needs_teacher(self, batch: dict[str, torch.Tensor], on_policy: list[bool]) -> bool:
+        if self.rewrite_off_policy:
+            return not all(on_policy)
+        return not (batch["labels"] != -100).any(dim=1).all().item()
+
+    def _replace_rows(
+        self,
+        batch: dict[str, torch.Tensor],
+        on_policy: list[bool],
+        student: Writer,
+        teacher: Writer,
+        seeds: list[int],
+    ) -> dict[str, torch.Tensor]:
+        rows = rows_of(batch)
+        by_student = [i for i, drawn in enumerate(on_policy) if drawn]
+        by_teacher = [
+            i
+            for i, drawn in enumerate(on_policy)
+            if not drawn and (self.rewrite_off_policy or all(label == -100 for label in rows[i]["labels"]))
+        ]
+        for indices, writer, seed in ((by_student, student, seeds[0]), (by_teacher, teacher, seeds[1])):
+            prompts = [rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in indices]
+            completions = writer(prompts, seed) if prompts else []
+            for i, prompt, completion in zip(indices, prompts, completions, strict=True):
+                rows[i] |= completed_row(prompt, completion) | {"is_on_policy": writer is student}
+            if writer is student:
+                self.last_prompts += prompts
+                self.last_completions += completions
+        device = batch["input_ids"].device
+        return {name: tensor.to(device) for name, tensor in self.collator(rows).items()}
+
+
+def completed_row(prompt: list[int], completion: list[int]) -> dict[str, Any]:
+    """A row as `data/` makes it, from prompt and completion ids."""
+    return {
+        "input_ids": [*prompt, *completion],
+        "labels": [-100] * len(prompt) + list(completion),
+        "prompt_length": len(prompt),
+    }

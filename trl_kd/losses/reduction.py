@@ -1,0 +1,39 @@
+"""The only place that reduces per-token values (besides `linear`, which returns a weighted sum)."""
+
+import torch
+
+
+def weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    r"""
+    Sum of `weights * values` over the tokens that carry weight.
+
+    Tokens of weight zero are left out, not multiplied: an infinite value there would turn the sum into NaN.
+
+    Args:
+        values (`torch.Tensor` of shape `(...)`):
+            Per-token values.
+        weights (`torch.Tensor` of shape `(...)`):
+            Per-token weights; no gradient flows to them.
+
+    Returns:
+        `torch.Tensor` of shape `()`: zero, with a zero gradient, when no token carries weight.
+    """
+    counted = weights != 0
+    return (values[counted] * weights[counted].detach().to(values.dtype)).sum()
+
+
+def token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    r"""
+    Mean of `values` over the tokens of `mask`.
+
+    Args:
+        values (`torch.Tensor` of shape `(...)`):
+            Per-token values.
+        mask (`torch.Tensor` of shape `(...)`):
+            True for the tokens to count.
+
+    Returns:
+        `torch.Tensor` of shape `()`: zero, with a zero gradient, when no token is counted.
+    """
+    selected = values[mask.bool()]
+    return selected.sum() / max(selected.numel(), 1)

@@ -1,0 +1,66 @@
+"""Whether two models speak of the same tokens, and how many of them."""
+
+from typing import Any
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def shared_vocab_size(
+    student_size: int, teacher_size: int, student_tokenizer: Any, teacher_tokenizer: Any | None
+) -> int:
+    r"""
+    Number of tokens that the heads of student and teacher share.
+
+    Heads are often padded to different sizes over one tokenizer (Qwen2.5: 151,936 and 152,064); such heads are cut.
+
+    Args:
+        student_size (`int`):
+            Rows of the student's head.
+        teacher_size (`int`):
+            Rows of the teacher's head.
+        student_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's tokenizer.
+        teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The teacher's tokenizer, if it is known.
+
+    Returns:
+        `int`
+
+    Raises:
+        ValueError: If the tokenizers differ, or the heads differ and the teacher's tokenizer is unknown.
+    """
+    advice = "Use a teacher with the student's tokenizer, or DSKDTrainer, which works across vocabularies."
+    shared = min(student_size, teacher_size)
+    student_vocab = student_tokenizer.get_vocab()
+    if teacher_tokenizer is None:
+        if student_size != teacher_size:
+            raise ValueError(
+                f"The student's head has {student_size} rows, the teacher's {teacher_size}, and the teacher has no "
+                "tokenizer beside it to show that both count the same tokens. The loss compares the two models token "
+                f"by token. Save the tokenizer in the teacher's folder. {advice}"
+            )
+        logger.warning(
+            "The teacher has no tokenizer beside it; that its tokens are the student's is taken for granted. Save the "
+            "tokenizer in the teacher's folder to have it checked."
+        )
+    elif student_vocab != (teacher_vocab := teacher_tokenizer.get_vocab()):
+        same = len(student_vocab.items() & teacher_vocab.items())
+        raise ValueError(
+            f"The vocabularies differ: the student's tokenizer has {len(student_vocab)} tokens, the teacher's "
+            f"{len(teacher_vocab)}, and {same} of them have the same id. The loss compares the two models token by "
+            f"token. {advice}"
+        )
+    if max(student_vocab.values()) >= shared:
+        raise ValueError(
+            f"The tokenizer has ids up to {max(student_vocab.values())}, but the smaller head has {shared} rows. "
+            "Those tokens could never be learned. Resize the embeddings of the smaller model to the tokenizer."
+        )
+    if student_size != teacher_size:
+        logger.info(
+            f"Heads of {student_size} (student) and {teacher_size} (teacher) rows are cut to the {shared} that they "
+            "share."
+        )
+    return shared

@@ -1,0 +1,80 @@
+"""Which checkpoints are complete. The marker is the last file of a save; a save that was killed has none."""
+
+import json
+import os
+import re
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+MARKER = "trl_kd_complete.json"
+_FOLDER = re.compile(r"^checkpoint-(\d+)$")
+
+
+def is_complete(folder: str) -> bool:
+    """Whether a save into `folder` came to its end."""
+    return os.path.isfile(os.path.join(folder, MARKER))
+
+
+def mark(folder: str, step: int) -> None:
+    """Declare the save into `folder` complete."""
+    path = os.path.join(folder, MARKER)
+    with open(path + ".tmp", "w") as file:
+        json.dump({"global_step": step}, file)
+    os.replace(path + ".tmp", path)
+
+
+def unmark(folder: str) -> None:
+    """Take the declaration back, before files in `folder` are overwritten."""
+    if is_complete(folder):
+        os.remove(os.path.join(folder, MARKER))
+
+
+def resolve(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
+    r"""
+    The checkpoint to resume from.
+
+    Args:
+        resume_from_checkpoint (`str` or `bool`, *optional*):
+            A folder; or `True` for the newest complete checkpoint of the output folder.
+        output_dir (`str`):
+            The output folder.
+
+    Returns:
+        `str`, or `None` to start from the beginning.
+
+    Raises:
+        ValueError: If the named checkpoint is missing or partial, or none is complete.
+    """
+    if not resume_from_checkpoint:
+        return None
+    if not isinstance(resume_from_checkpoint, bool):
+        folder = str(resume_from_checkpoint)
+        if not os.path.isdir(folder):
+            raise ValueError(
+                f"`resume_from_checkpoint` is `{folder}`, which is not a folder. Name a checkpoint of this run, or "
+                "pass True to take the newest complete one."
+            )
+        if not is_complete(folder):
+            raise ValueError(
+                f"The checkpoint `{folder}` is partial: it has no `{MARKER}`, which is written when a save is done, "
+                "so weights, optimizer or random states may be missing. Pass `resume_from_checkpoint=True` to take "
+                "the newest complete checkpoint."
+            )
+        return folder
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    steps = sorted((int(match.group(1)), name) for name in names if (match := _FOLDER.match(name)))
+    folders = [os.path.join(output_dir, name) for _, name in steps]
+    complete = [folder for folder in folders if is_complete(folder)]
+    if not complete:
+        raise ValueError(
+            f"`{output_dir}` has no complete checkpoint to resume from (partial ones: {len(folders)}). Start without "
+            "`resume_from_checkpoint`."
+        )
+    if partial := [os.path.basename(folder) for folder in folders[folders.index(complete[-1]) + 1 :]]:
+        logger.warning(
+            f"Resuming from `{complete[-1]}`: {', '.join(partial)} came after it, but its save was cut off."
+        )
+    return complete[-1]

@@ -1,0 +1,222 @@
+"""Configuration that all distillation trainers share."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+
+@dataclass
+class KDConfig(SFTConfig):
+    r"""
+    Configuration that the distillation trainers share.
+
+    This class includes only the parameters that are specific to distillation. For a full list of training arguments,
+    please refer to the [`~transformers.TrainingArguments`] and [`~trl.SFTConfig`] documentation. Note that default
+    values in this class may differ from those.
+
+    Parameters:
+        > Parameters that control the teacher
+
+        teacher_model_name_or_path (`str`, *optional*):
+            Path or Hub name of the teacher, used when the trainer's `teacher_model` argument is not given.
+        teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] of the teacher. `dtype`
+            defaults to the checkpoint's. `{"load_in_4bit": true}` and `{"load_in_8bit": true}` quantise it with
+            bitsandbytes.
+
+        > Parameters that control where completions come from
+
+        lmbda (`float`, *optional*, defaults to `0.0`):
+            Share of the rows of an optimizer step whose completion the student writes (on-policy). The other rows are
+            off-policy.
+        on_policy_weight (`float`, *optional*, defaults to `0.5`):
+            Weight `w` of the on-policy rows: the loss is `(1 - w) * off + w * on`, each a mean over its own tokens. A
+            step that has one source only takes that mean.
+        off_policy_source (`str`, *optional*, defaults to `"auto"`):
+            Who writes the completions of off-policy rows: `"dataset"`; `"teacher"`, which samples them live and
+            ignores the dataset's; or `"auto"`, the dataset where it has completions and the teacher where it has none.
+
+        > Parameters that control generation
+
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Longest generated completion, in tokens. `max_length` limits dataset rows only.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature of generated completions. `0.0` decodes greedily.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Probability mass of the tokens to sample from.
+        top_k (`int`, *optional*, defaults to `0`):
+            Number of tokens to sample from. `0` samples from all.
+        min_p (`float`, *optional*):
+            Smallest probability of a token, relative to the most likely one.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`):
+            Penalty on tokens that occurred already. `1.0` is none.
+        generation_kwargs (`dict[str, Any]`, *optional*):
+            Further fields of [`~transformers.GenerationConfig`]. They win over the fields above.
+
+        > Parameters that control the computation of the loss
+
+        loss_chunk_size (`int`, *optional*):
+            Tokens whose logits exist at a time. If `None`, as many as take 64 MiB per model.
+
+        > Parameters that control auxiliary modules (critics, projectors)
+
+        aux_learning_rate (`float`, *optional*, defaults to `0.001`):
+            Learning rate of the auxiliary modules' own AdamW.
+        aux_adam_beta1 (`float`, *optional*, defaults to `0.9`):
+            First coefficient of their AdamW.
+        aux_adam_beta2 (`float`, *optional*, defaults to `0.999`):
+            Second coefficient of their AdamW.
+        aux_weight_decay (`float`, *optional*, defaults to `0.0`):
+            Weight decay of their AdamW.
+        aux_max_grad_norm (`float`, *optional*, defaults to `1.0`):
+            Bound on their gradient norm. `0.0` does not clip.
+        aux_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Their learning rate schedule, by the names of [`~transformers.SchedulerType`].
+        aux_warmup_steps (`int`, *optional*, defaults to `0`):
+            Optimizer steps of linear warm-up of that schedule, if it has one.
+
+        > Parameters that control logging
+
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to print a sample of the student's completions at each log, write them to `completions/` in the
+            output folder as parquet, and send them to trackio or wandb if these are in `report_to`.
+        num_completions_to_print (`int`, *optional*):
+            Number of completions to print. `None` prints all.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`]:
+    > - `bf16`: Defaults to `True` on an accelerator and to `False` on a CPU, where it is slow and less exact.
+    """
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "generation_kwargs"]
+
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path or Hub name of the teacher, used when the trainer's `teacher_model` argument is not given."
+        },
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher. `dtype` defaults to "
+            'the checkpoint\'s. `{"load_in_4bit": true}` and `{"load_in_8bit": true}` quantise it with bitsandbytes.'
+        },
+    )
+    lmbda: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the rows of an optimizer step whose completion the student writes (on-policy). The "
+            "other rows are off-policy."
+        },
+    )
+    on_policy_weight: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight `w` of the on-policy rows: the loss is `(1 - w) * off + w * on`, each a mean over its own "
+            "tokens. A step that has one source only takes that mean."
+        },
+    )
+    off_policy_source: str = field(
+        default="auto",
+        metadata={
+            "help": "Who writes the completions of off-policy rows: 'dataset'; 'teacher', which samples them live and "
+            "ignores the dataset's; or 'auto', the dataset where it has completions and the teacher where it has "
+            "none.",
+            "choices": ["auto", "dataset", "teacher"],
+        },
+    )
+    max_completion_length: int = field(
+        default=256,
+        metadata={"help": "Longest generated completion, in tokens. `max_length` limits dataset rows only."},
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Sampling temperature of generated completions. 0.0 decodes greedily."},
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Probability mass of the tokens to sample from."})
+    top_k: int = field(default=0, metadata={"help": "Number of tokens to sample from. 0 samples from all."})
+    min_p: float | None = field(
+        default=None,
+        metadata={"help": "Smallest probability of a token, relative to the most likely one."},
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Penalty on tokens that occurred already. 1.0 is none."}
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further fields of `GenerationConfig`. They win over the fields above."},
+    )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens whose logits exist at a time. If None, as many as take 64 MiB per model."},
+    )
+    aux_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of the auxiliary modules' own AdamW."}
+    )
+    aux_adam_beta1: float = field(default=0.9, metadata={"help": "First coefficient of their AdamW."})
+    aux_adam_beta2: float = field(default=0.999, metadata={"help": "Second coefficient of their AdamW."})
+    aux_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of their AdamW."})
+    aux_max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Bound on their gradient norm. 0.0 does not clip."}
+    )
+    aux_lr_scheduler_type: str = field(
+        default="constant",
+        metadata={"help": "Their learning rate schedule, by the names of `transformers.SchedulerType`."},
+    )
+    aux_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps of linear warm-up of that schedule, if it has one."}
+    )
+    log_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to print a sample of the student's completions at each log, write them to `completions/` "
+            "in the output folder as parquet, and send them to trackio or wandb if these are in `report_to`."
+        },
+    )
+    num_completions_to_print: int | None = field(
+        default=None, metadata={"help": "Number of completions to print. None prints all."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
+            self.bf16 = False
+        super().__post_init__()
+        if self.fp16:
+            raise ValueError(
+                "`fp16` is True, but a loss scaler would scale the gradients of the student and not those of the "
+                "auxiliary modules, and may skip steps that they take. Set `bf16=True`, or `fp16=False` for float32."
+            )
+        check_range("lmbda", self.lmbda, 0.0, 1.0, "a share of rows")
+        check_range("on_policy_weight", self.on_policy_weight, 0.0, 1.0, "a share of the loss")
+        check_range("temperature", self.temperature, 0.0, float("inf"), "a sampling temperature")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"`top_p` is {self.top_p}, but it is a probability mass. Set it in (0, 1].")
+        if self.max_completion_length < 1:
+            raise ValueError(
+                f"`max_completion_length` is {self.max_completion_length}, but a completion has at least one token. "
+                "Set it to 1 or more."
+            )
+        check_choice("off_policy_source", self.off_policy_source, ("auto", "dataset", "teacher"))
+        if self.packing and (self.lmbda > 0 or self.off_policy_source == "teacher"):
+            raise ValueError(
+                f"`packing` is True with `lmbda` {self.lmbda} and `off_policy_source` '{self.off_policy_source}', but "
+                "a packed row holds several prompts and cannot be continued by a rollout. Set `packing=False`, or "
+                "train off-policy: `lmbda=0` with completions from the dataset."
+            )
+
+
+def check_range(name: str, value: float, low: float, high: float, meaning: str) -> None:
+    """Refuse a number outside of [low, high], with what it means."""
+    if not low <= value <= high:
+        end = "non-negative" if high == float("inf") else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"`{name}` is {value}, but it is {meaning}. Set it {end}.")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse an unknown option, with the known ones."""
+    if value not in choices:
+        known = ", ".join(f"'{choice}'" for choice in choices)
+        raise ValueError(f"`{name}` is '{value}', which does not exist. Choose one of {known}.")

@@ -1,0 +1,293 @@
+"""The base of all trainers: what Transformers requires, and nothing that a paper says."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+from trl.models import unwrap_model_for_generation
+
+from trl_kd import _compat
+from trl_kd.data import KDCollator, has_completions
+from trl_kd.generation import RolloutWriter, Sampling, distinct_n, generate_completions
+from trl_kd.losses import LinearLoss
+from trl_kd.modules.lm_head import LMHead, check_head, last_hidden_states
+from trl_kd.teachers import shared_vocab_size
+from trl_kd.trainer import checkpoints, model_card, setup
+from trl_kd.trainer.auxiliary import AuxiliaryModules, StepHooks
+from trl_kd.trainer.completions import log_completions, with_teacher_completions
+from trl_kd.trainer.health import Health
+from trl_kd.trainer.kd_config import KDConfig
+from trl_kd.trainer.metrics import MetricSums
+from trl_kd.trainer.tokens import TokenBatch, count_tokens, select_tokens, token_weights
+
+
+class _KDTrainer(_compat.hooked_sft_trainer()):
+    """
+    Distils a teacher into a student. A method overrides `token_loss`, and may declare `auxiliary_modules`.
+
+    The arguments are those of [`~trl.SFTTrainer`], with `teacher_model` second.
+    """
+
+    loss_is_scaled_for_ga = True  # by `token_weights`, over the whole optimizer step
+    _config_class = KDConfig
+    _objective = ""  # one sentence for the model card
+    _eval_value = ""  # per-token value of `token_loss` that `eval_loss` averages over off-policy tokens
+
+    def __init__(
+        self,
+        model: Any,
+        teacher_model: Any = None,
+        args: KDConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        data_collator: Any = None,
+        formatting_func: Callable | None = None,
+        **kwargs: Any,
+    ):
+        args = setup.own_arguments(args, self._config_class, model, self._name)
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "`compute_loss_func` is set, but the loss is the method's. Subclass the trainer and override "
+                "`token_loss`."
+            )
+        # The teacher first: it is what fails most often
+        self.teacher = setup.own_teacher(teacher_model, args)
+        tokenizer = setup.own_tokenizer(processing_class, model, args)
+        self.eos_token_ids = setup.eos_token_ids(model, tokenizer)
+        self.prepare_data = setup.dataset_preparer(args, tokenizer, self.eos_token_ids, formatting_func)
+        collator = data_collator or KDCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+        train_dataset, eval_dataset = (
+            self.prepare_data(train_dataset, "train"),
+            self.prepare_data(eval_dataset, "eval"),
+        )
+        with setup.prepared_elsewhere(args):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        self._set_up_models()
+        self._set_up_rollouts(train_dataset, collator)
+        self.auxiliary = AuxiliaryModules(self.auxiliary_modules(), self.args, self.accelerator)
+        self.add_callback(StepHooks(self._before_optimizer_step))
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._health = Health(self.accelerator)
+        if eval_dataset is not None:
+            self.eval_dataset = with_teacher_completions(self, self.eval_dataset)
+
+    # What a method overrides
+
+    def token_loss(self, tokens: TokenBatch) -> LinearLoss:
+        """Loss of the trained tokens of a micro-batch, weighted by `tokens.weights`, and the values to log."""
+        raise NotImplementedError
+
+    def auxiliary_modules(self) -> dict[str, nn.Module]:
+        """Modules that are trained jointly with the student but are no part of it."""
+        return {}
+
+    # Set-up
+
+    def _set_up_models(self) -> None:
+        if not self.is_deepspeed_enabled:  # ZeRO-3 has sharded the student already
+            check_head(self.model, "student")
+        self.vocab_size = shared_vocab_size(
+            self.model.get_output_embeddings().weight.shape[0],
+            self.teacher.vocab_size,
+            self.processing_class,
+            self.teacher.tokenizer(),
+        )
+        self.teacher.prepare(self.accelerator, self.vocab_size)
+
+    def _set_up_rollouts(self, train_dataset: Any, collator: Any) -> None:
+        args = self.args
+        self.sampling = Sampling(
+            args.max_completion_length,
+            args.temperature,
+            args.top_p,
+            args.top_k,
+            args.min_p,
+            args.repetition_penalty,
+            args.generation_kwargs or {},
+        )
+        writes = args.lmbda > 0 or args.off_policy_source == "teacher" or not has_completions(train_dataset)
+        self.rollouts = None
+        if writes:
+            self.rollouts = RolloutWriter(
+                collator,
+                args.lmbda,
+                args.off_policy_source == "teacher",
+                args.seed,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+            )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self.auxiliary.start(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # One optimizer step
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Micro-batches of one optimizer step with their rollouts, counted after these are in place."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        if self.rollouts is not None:
+            batches = self.rollouts.replace(
+                batches, self.state.global_step, self.write_with_student, self.write_with_teacher
+            )
+            self._record_rollouts()
+        counts = torch.stack([count_tokens(batch) for batch in batches]).sum(dim=0).to(device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        for source, count in zip(("off_policy", "on_policy"), counts, strict=True):
+            self._sums["train"].add(f"kd/{source}/tokens", count)
+        for batch in batches:
+            batch["token_counts"] = counts
+        return batches, counts.sum()
+
+    def write_with_student(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
+        """Completions that the student writes."""
+        checkpointing = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
+        with (
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator, **checkpointing) as student,
+            self.accelerator.autocast(),
+        ):
+            pad_token_id = self.processing_class.pad_token_id
+            return generate_completions(student, prompts, self.sampling, pad_token_id, self.eos_token_ids, seed)
+
+    def write_with_teacher(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
+        """Completions that the teacher writes."""
+        pad_token_id = self.processing_class.pad_token_id
+        return self.teacher.generate(prompts, self.sampling, pad_token_id, self.eos_token_ids, seed)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        arguments = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
+        selected = select_tokens(inputs)
+        counts = inputs.get("token_counts", count_tokens(inputs))  # evaluation counts its own batch
+        weights = token_weights(selected.is_on_policy, counts, self.args.on_policy_weight)
+        if "token_counts" in inputs:
+            # DDP averages gradients over ranks, and the counts are those of all ranks
+            weights = tuple(weight * self.accelerator.num_processes for weight in weights)
+        teacher_hidden = self.teacher.hidden_states(**arguments)[:, :-1][selected.mask]
+
+        def student_loss() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            hidden = last_hidden_states(student, **arguments)[:, :-1][selected.mask]
+            head = LMHead.of(student).cut(self.vocab_size)
+            pairs = {"student": (hidden, head), "teacher": (teacher_hidden, self.teacher.head)}
+            tokens = TokenBatch(pairs, selected.labels, *weights, selected.is_on_policy, selected.positions)
+            result = self.token_loss(tokens)
+            return result.loss, hidden.detach(), result.values
+
+        student = self.accelerator.unwrap_model(model)
+        loss, hidden, values = _compat.run_inside_forward(model, student, student_loss)
+        self._health.watch(loss.detach(), hidden, teacher_hidden)
+        self._sums["train" if self.model.training else "eval"].add_by_source(values, selected.is_on_policy)
+        if return_outputs:  # `compute_metrics` of the caller
+            with torch.no_grad():
+                return loss, model(**arguments)
+        return loss
+
+    def _before_optimizer_step(self) -> None:
+        self._health.check(self.teacher)
+        for name, value in self.auxiliary.step().items():
+            self._sums["train"].add(f"kd/{name}", value)
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = with_teacher_completions(self, self.prepare_data(eval_dataset, metric_key_prefix))
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._health.check(self.teacher)
+        averages = self._sums["eval"].pop()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in averages.items()})
+        value = averages.get(f"kd/off_policy/{self._eval_value}")
+        if value is not None:
+            # Over tokens, not over batches: the same for every evaluation batch size
+            output.metrics[f"{metric_key_prefix}_loss"] = value
+        return output
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs = logs | self._sums["train"].pop()
+            if self.args.log_completions and self.rollouts is not None and self.is_world_process_zero():
+                log_completions(self, self.rollouts.last_prompts, self.rollouts.last_completions)
+        super().log(logs, start_time)
+
+    def _record_rollouts(self) -> None:
+        written = self.rollouts.last_completions
+        if not written:
+            return
+        sums, count = self._sums["train"], len(written)
+        sums.add("kd/on_policy/distinct_2", distinct_n(written, 2))
+        sums.add("kd/on_policy/completion_length", sum(map(len, written)), count)
+        sums.add("kd/on_policy/eos_rate", sum(ids[-1] in self.eos_token_ids for ids in written), count)
+
+    # Saving and resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def checkpoint(self, folder: str, save: Callable[[], None]) -> None:
+        """Save by `save`, then declare the folder complete, and only then delete older ones."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:
+            checkpoints.unmark(folder)
+        try:
+            save()
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.mark(folder, self.state.global_step)
+            _compat.rotate_checkpoints(os.path.dirname(folder), limit, self.state.best_model_checkpoint)
+
+    def save_state_to(self, folder: str) -> None:
+        """Save what this package trains beside the student."""
+        if self.args.should_save:
+            self.auxiliary.save(folder)
+
+    def load_state_from(self, folder: str) -> None:
+        """Restore what `save_state_to` saved."""
+        self.auxiliary.load(folder)
+
+    def save_auxiliary(self, folder: str) -> None:
+        """Export the auxiliary modules as `auxiliary.safetensors`; a saved or pushed student holds none of them."""
+        if self.args.should_save and self.auxiliary:
+            os.makedirs(folder, exist_ok=True)
+            save_file(self.auxiliary.modules.state_dict(), os.path.join(folder, "auxiliary.safetensors"))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card = os.path.join(self.args.output_dir, "README.md")
+            student = _compat.config_model_id(self.model)
+            model_card.add_distillation_section(
+                card, self.args, self._name, self._objective, self.teacher.name, student
+            )

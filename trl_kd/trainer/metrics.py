@@ -1,0 +1,46 @@
+"""Token-weighted averages of what the loss reports, over micro-batches, logging interval and ranks."""
+
+import torch
+from accelerate.utils import gather_object
+
+
+class MetricSums:
+    """Sums and weights by name. They stay on the device until they are read."""
+
+    def __init__(self):
+        self._sums: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, total: torch.Tensor | float, weight: torch.Tensor | float = 1.0) -> None:
+        """Add a sum over `weight` tokens (or one value of weight 1)."""
+        total, weight = torch.as_tensor(total).detach().double(), torch.as_tensor(weight).double()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._weights[name] = self._weights[name] + weight if name in self._weights else weight
+
+    def add_by_source(self, values: dict[str, torch.Tensor], is_on_policy: torch.Tensor) -> None:
+        r"""
+        Add per-token values, apart for off- and on-policy tokens.
+
+        Args:
+            values (`dict[str, torch.Tensor]`):
+                Values of shape `(N,)` by name.
+            is_on_policy (`torch.Tensor` of shape `(N,)`):
+                Whether the student wrote the token.
+        """
+        for source, chosen in (("off_policy", ~is_on_policy), ("on_policy", is_on_policy)):
+            count = chosen.sum()
+            for name, value in values.items():
+                # `where` keeps shapes fixed: a boolean index would wait for the device
+                total = torch.where(chosen, value, torch.zeros((), dtype=value.dtype, device=value.device)).sum()
+                self.add(f"kd/{source}/{name}", total, count)
+
+    def pop(self) -> dict[str, float]:
+        """Averages over all ranks since the last call; names without weight are left out."""
+        local = {name: (self._sums[name].item(), self._weights[name].item()) for name in self._sums}
+        self._sums, self._weights = {}, {}
+        totals: dict[str, tuple[float, float]] = {}
+        for rank in gather_object([local]):
+            for name, (total, weight) in rank.items():
+                sums = totals.get(name, (0.0, 0.0))
+                totals[name] = (sums[0] + total, sums[1] + weight)
+        return {name: total / weight for name, (total, weight) in sorted(totals.items()) if weight > 0}

@@ -1,0 +1,61 @@
+"""The part of a model card that tells how the student was distilled."""
+
+import os
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+from huggingface_hub import ModelCard
+from trl import SFTConfig
+
+
+_MARK = "### Framework versions"
+
+
+def add_distillation_section(path: str, args: Any, name: str, objective: str, teacher: str, student: str) -> None:
+    r"""
+    Write method, teacher and settings into a card that TRL made.
+
+    Args:
+        path (`str`):
+            The card, `README.md`.
+        args ([`KDConfig`]):
+            Configuration of the run.
+        name (`str`):
+            Name of the method.
+        objective (`str`):
+            One sentence on what was minimised.
+        teacher (`str`):
+            Name or path of the teacher; empty if it was built in memory.
+        student (`str`):
+            Name or path of the student before training.
+    """
+    known = {field.name for field in fields(SFTConfig)} | {"teacher_model_name_or_path"}
+    settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in known}
+    settings |= {
+        "learning_rate": args.learning_rate,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "seed": args.seed,
+    }
+    rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in settings.items() if value is not None)
+    section = (
+        f"### Distillation\n\n"
+        f"- Method: {name}, with trl_kd {version('trl_kd')}\n"
+        f"- Teacher: {_named(teacher)}\n"
+        f"- Student before distillation: {_named(student)}\n"
+        f"- Objective: {objective}\n\n"
+        f"| setting | value |\n| --- | --- |\n{rows}\n\n"
+    )
+    card = ModelCard.load(path)
+    card.text = card.text.replace(_MARK, section + _MARK, 1)
+    card.save(path)
+
+
+def _named(model: str) -> str:
+    """A link for a Hub name; the last part of a local path, which says nothing elsewhere."""
+    if not model:
+        return "a model built in memory"
+    if os.path.isdir(model):
+        return f"`{os.path.basename(os.path.normpath(model))}` (a local folder)"
+    return f"[{model}](https://huggingface.co/{model})"

@@ -1,0 +1,91 @@
+"""From a batch of rows to the tokens that a loss is computed on."""
+
+from dataclasses import dataclass
+
+import torch
+
+from trl_kd.modules.lm_head import LMHead
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    r"""
+    The N trained tokens of a micro-batch, as a method's loss gets them.
+
+    Args:
+        pairs (`dict[str, tuple[torch.Tensor, LMHead]]`):
+            `"student"` and `"teacher"`: last hidden states of shape `(N, H_s)` and `(N, H_t)` at the positions that
+            predict the tokens, and the heads, cut to the shared vocabulary. Gradient flows to the student's only.
+        labels (`torch.Tensor` of shape `(N,)`):
+            The tokens.
+        weights (`torch.Tensor` of shape `(N,)`):
+            Share of each token in the loss of the optimizer step: sources are averaged, each over its own tokens, then
+            mixed.
+        reference_weights (`torch.Tensor` of shape `(N,)`):
+            The same for a loss on off-policy tokens alone; zero for on-policy tokens.
+        is_on_policy (`torch.Tensor` of shape `(N,)`):
+            Whether the student wrote the token.
+        positions (`torch.Tensor` of shape `(N,)`):
+            Number of trained tokens before it in its row.
+    """
+
+    pairs: dict[str, tuple[torch.Tensor, LMHead]]
+    labels: torch.Tensor
+    weights: torch.Tensor
+    reference_weights: torch.Tensor
+    is_on_policy: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SelectedTokens:
+    """Where the trained tokens of a batch are: `mask` of shape (B, S - 1) over predicting positions, and per token."""
+
+    mask: torch.Tensor
+    labels: torch.Tensor
+    is_on_policy: torch.Tensor
+    positions: torch.Tensor
+
+
+def select_tokens(inputs: dict[str, torch.Tensor]) -> SelectedTokens:
+    """Shift the labels (logits at position i predict token i + 1) and pick those that are trained."""
+    labels = inputs["labels"][:, 1:]
+    mask = labels != -100  # (B, S - 1)
+    before = mask.long().cumsum(dim=1) - 1
+    if "position_ids" in inputs:
+        # Packed row: count from the start of each sequence, not of the row
+        starts = inputs["position_ids"][:, 1:] == 0
+        before = before - torch.where(starts, before + 1, 0).cummax(dim=1).values
+    on_policy = inputs["is_on_policy"].unsqueeze(1).expand_as(mask)
+    return SelectedTokens(mask, labels[mask], on_policy[mask], before[mask])
+
+
+def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Numbers of trained tokens by source, of shape (2,): off-policy, on-policy."""
+    per_row = (inputs["labels"][:, 1:] != -100).sum(dim=1)
+    on_policy = inputs["is_on_policy"]
+    return torch.stack([(per_row * ~on_policy).sum(), (per_row * on_policy).sum()])
+
+
+def token_weights(
+    is_on_policy: torch.Tensor, counts: torch.Tensor, on_policy_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Weights that divide each source by its own number of tokens, and mix the sources.
+
+    Args:
+        is_on_policy (`torch.Tensor` of shape `(N,)`):
+            Source of each token.
+        counts (`torch.Tensor` of shape `(2,)`):
+            Off- and on-policy tokens of the whole optimizer step, over all micro-batches and ranks.
+        on_policy_weight (`float`):
+            Share of the on-policy mean. A source that is absent from the step gives its share to the other.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]` of shapes `(N,)`: mixed weights, and weights for off-policy tokens alone.
+    """
+    off, on = counts.float().unbind()
+    share_on = torch.where((off > 0) & (on > 0), on_policy_weight, (on > 0).float())
+    weight_off, weight_on = 1.0 / off.clamp_min(1), 1.0 / on.clamp_min(1)
+    weights = torch.where(is_on_policy, share_on * weight_on, (1.0 - share_on) * weight_off)
+    return weights, torch.where(is_on_policy, 0.0, weight_off)
