@@ -37,6 +37,18 @@ def is_placed(model: nn.Module) -> bool:
     return "hf_device_map" in vars(model) or "quantization_config" in model.config.to_dict()
 
 
+def keep_4bit_layout(model: nn.Module) -> None:
+    """
+    Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    It repacks in the first forward in eval mode, as a rollout is. Afterwards no gradient passes through the layer
+    (0.50: "an autograd kernel was not registered"), its scales are rounded, and a saved state has them transposed.
+    """
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes") and "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
+
+
 def run_inside_forward(wrapped: nn.Module, model: nn.Module, method: Callable[..., Any], *args: Any) -> Any:
     """
     Call `method(*args)` inside the forward of `wrapped`, which wraps `model` (DDP, FSDP, DeepSpeed, or itself).

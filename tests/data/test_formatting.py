@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import AutoTokenizer
 
 from tests.tiny import END_OF_TEXT, IM_END, IM_START, make_tokenizer
@@ -109,6 +109,14 @@ def test_prepare_dataset_tokens_that_merge_over_the_boundary_leave_the_prompt_al
     [row] = prepare([{"prompt": prompt, "completion": completion}], tokenizer)
     assert row["input_ids"][: row["prompt_length"]] == tokenizer(prompt)["input_ids"]
     assert row["input_ids"][row["prompt_length"] : -1] == tokenizer(completion)["input_ids"]
+
+
+def test_prepare_dataset_completion_is_tokenized_as_a_continuation():
+    tokenizer = make_tokenizer()
+    # Such a tokenizer takes the space off a completion that stands alone.
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    [row] = prepare([{"prompt": "The sky is", "completion": " blue."}], tokenizer)
+    assert texts(row, tokenizer)[1] == " blue." + IM_END
 
 
 def test_prepare_dataset_text_trains_every_token(tokenizer):
@@ -288,6 +296,12 @@ def test_prepare_dataset_bad_row_is_dropped_with_the_reason(tokenizer, caplog, g
     assert f"1 of 2 rows of the train dataset are dropped: {reason} (1 rows). " in record.getMessage()
 
 
+def test_prepare_dataset_assistant_only_loss_without_assistant_is_dropped(tokenizer, caplog):
+    data = [{"prompt": TURN[:1], "completion": completion} for completion in (TURN[:1], TURN[1:])]
+    assert len(prepare(data, tokenizer, assistant_only_loss=True)) == 1
+    assert f"are dropped: {rows.NOT_TRAINED} (1 rows). " in caplog.records[0].getMessage()
+
+
 def test_prepare_dataset_completion_of_tool_calls_alone_is_not_empty():
     tokenizer = make_tokenizer()
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}
@@ -355,6 +369,7 @@ def test_row_formatter_hash_depends_on_the_code():
     assert rows._REVISION == hashlib.sha256(Path(rows.__file__).read_bytes()).hexdigest()
     fields = (None, frozenset(), None, "text", False, None, 0)
     formatters = [rows.RowFormatter(*fields, **revision) for revision in ({}, {}, {"revision": "older"})]
+    assert formatters[0].revision == rows._REVISION
     hashes = [Hasher.hash(formatter) for formatter in formatters]
     assert hashes[0] == hashes[1] != hashes[2]
 

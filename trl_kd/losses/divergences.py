@@ -24,10 +24,12 @@ def _check_same_shape(student_logits: torch.Tensor, teacher_logits: torch.Tensor
 
 def _expected_log_ratio(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) from log-probabilities, where a token of probability zero under p adds nothing."""
-    # `where` on both sides: `0 * (-inf - x)` is NaN, in the value and in the gradient
-    absent = log_p == -torch.inf
+    p = log_p.exp()
+    # Filled on both sides: `0 * (-inf - x)` is NaN, in the value and in the gradient. By p and not by log p, since p
+    # may underflow where log q is -inf
+    absent = p == 0
     ratio = log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
-    return (log_p.exp() * ratio).sum(dim=-1)
+    return (p * ratio).sum(dim=-1)
 
 
 def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,7 @@ class LocalTeacher:
             )
         self.model.requires_grad_(False)
         self.model.eval()
+        _compat.keep_4bit_layout(self.model)
         self._vocab_size = None
         self._head = None
         self._autocast = nullcontext

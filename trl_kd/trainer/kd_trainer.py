@@ -105,6 +105,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     # Set-up
 
     def _set_up_models(self) -> None:
+        _compat.keep_4bit_layout(self.model)
         if not self.is_deepspeed_enabled:  # ZeRO-3 has sharded the student already
             check_head(self.model, "student")
         self.vocab_size = shared_vocab_size(

@@ -1,0 +1,75 @@
+"""Divergences, moments and their gradients for one token, as plain loops over the vocabulary in float64.
+
+Written from the formulas. A gradient is that of the value with respect to the student's logits.
+"""
+
+import math
+
+
+def softmax(logits):
+    largest = max(logits)
+    powers = [math.exp(logit - largest) for logit in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def through_softmax(q, slopes):
+    """Gradient at the logits from the derivative with respect to each probability."""
+    mean = sum(q[v] * slopes[v] for v in range(len(q)))
+    return [q[v] * (slopes[v] - mean) for v in range(len(q))]
+
+
+def forward_kl(student_logits, teacher_logits):
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    value = sum(p[v] * math.log(p[v] / q[v]) for v in range(len(q)))
+    return value, [q[v] - p[v] for v in range(len(q))]
+
+
+def reverse_kl(student_logits, teacher_logits):
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    value = sum(q[v] * math.log(q[v] / p[v]) for v in range(len(q)))
+    return value, [q[v] * (math.log(q[v] / p[v]) - value) for v in range(len(q))]
+
+
+def generalized_jsd(student_logits, teacher_logits, beta):
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    m = [beta * p[v] + (1 - beta) * q[v] for v in range(len(q))]
+    value = 0.0
+    for v in range(len(q)):
+        value += beta * p[v] * math.log(p[v] / m[v]) + (1 - beta) * q[v] * math.log(q[v] / m[v])
+    # The terms from the derivative of m cancel but for a constant, which the softmax removes
+    return value, through_softmax(q, [(1 - beta) * math.log(q[v] / m[v]) for v in range(len(q))])
+
+
+def total_variation(student_logits, teacher_logits):
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    value = sum(abs(p[v] - q[v]) for v in range(len(q))) / 2
+    return value, through_softmax(q, [0.5 if q[v] > p[v] else -0.5 for v in range(len(q))])
+
+
+def cross_entropy(student_logits, label):
+    q = softmax(student_logits)
+    return -math.log(q[label]), [q[v] - (v == label) for v in range(len(q))]
+
+
+def entropy(logits):
+    q = softmax(logits)
+    value = -sum(q[v] * math.log(q[v]) for v in range(len(q)))
+    return value, [-q[v] * (math.log(q[v]) + value) for v in range(len(q))]
+
+
+def moment(student_logits, teacher_logits, critic):
+    """The critic is held fixed, whatever it was computed from."""
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    value = sum((p[v] - q[v]) * critic[v] for v in range(len(q)))
+    return value, through_softmax(q, [-critic[v] for v in range(len(q))])
+
+
+def exact_moment(student_logits, teacher_logits):
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    return moment(student_logits, teacher_logits, [1.0 if p[v] > q[v] else -1.0 for v in range(len(q))])
+
+
+def exact_penalised_moment(student_logits, teacher_logits):
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    critic = [(p[v] - q[v]) / (p[v] + q[v]) for v in range(len(q))]
+    return moment(student_logits, teacher_logits, critic)
