@@ -194,6 +194,25 @@ def test_prepare_dataset_assistant_only_loss_on_completion_trains_its_assistant_
     assert (masked["input_ids"], masked["prompt_length"]) == (row["input_ids"], row["prompt_length"])
 
 
+def test_prepare_dataset_assistant_only_loss_marked_header_belongs_to_the_prompt():
+    tokenizer = make_tokenizer()
+    header = "{{- '<|im_start|>' + message['role'] + '\n' -}}"
+    tokenizer.chat_template = (
+        "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+        f"{{%- generation -%}}{header}{{{{- message['content'] + '<|im_end|>' -}}}}{{%- endgeneration -%}}"
+        f"{{%- else -%}}{header}{{{{- message['content'] + '<|im_end|>' -}}}}{{%- endif -%}}{{%- endfor -%}}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+    )
+    options = {"assistant_only_loss": True}
+    [row] = prepare([{"messages": EARLIER + TURN}], tokenizer, **options)
+    header = f"{IM_START}assistant\n"
+    assert texts(row, tokenizer)[1:] == ["Blue." + IM_END, f"{header}Hello{IM_END}{header}Blue.{IM_END}"]
+    [row] = prepare([{"messages": EARLIER + TURN}], tokenizer, max_length=row["prompt_length"], **options)
+    assert texts(row, tokenizer)[0] == f"{IM_START}user\nHi{IM_END}{header}"
+    [row] = prepare([{"prompt": EARLIER + TURN[:1], "completion": TURN[1:]}], tokenizer, **options)
+    assert texts(row, tokenizer)[1:] == ["Blue." + IM_END] * 2
+
+
 def test_prepare_dataset_assistant_only_loss_trains_the_final_eos_outside_the_markers():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TOOL_TEMPLATE
@@ -280,6 +299,7 @@ def test_prepare_dataset_rows_that_cannot_be_trained_on_are_dropped_and_counted(
         ({"messages": TURN}, {"messages": TURN[:1] + [{"role": "assistant", "content": " "}]}, rows.EMPTY_COMPLETION),
         ({"prompt": TURN[:1], "completion": TURN[1:]}, {"prompt": TURN[:1], "completion": []}, rows.EMPTY_COMPLETION),
         ({"prompt": "a"}, {"prompt": "!?" * 25}, rows.NO_ROOM),
+        ({"prompt": "a"}, {"prompt": ""}, rows.EMPTY_PROMPT),
         ({"prompt": "a"}, {"prompt": None}, rows.EMPTY_PROMPT),
         ({"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [5, 6], "labels": [5, -100]}, rows.NOT_TRAINED),
         (
@@ -294,6 +314,12 @@ def test_prepare_dataset_bad_row_is_dropped_with_the_reason(tokenizer, caplog, g
     assert dataset.to_list() == prepare([good], tokenizer, max_length=50).to_list()
     [record] = caplog.records
     assert f"1 of 2 rows of the train dataset are dropped: {reason} (1 rows). " in record.getMessage()
+
+
+def test_prepare_dataset_many_dropped_rows_first_leave_the_types_alone(tokenizer):
+    # More than `datasets` writes at once, which is when it decides on the types.
+    dataset = prepare([{"text": ""}] * 1001 + [{"text": "The fox."}], tokenizer)
+    assert texts(dataset[0], tokenizer)[1] == "The fox." + IM_END
 
 
 def test_prepare_dataset_assistant_only_loss_without_assistant_is_dropped(tokenizer, caplog):
@@ -411,6 +437,11 @@ def test_row_formatter_hash_depends_on_the_code():
             "or tool message. Add one, remove the row, or pass the conversation as text.",
         ),
         (
+            [{"messages": TURN[1:]}],
+            {"assistant_only_loss": True},
+            "The prompt of a conversation ends with nothing, but a chat template asks",
+        ),
+        (
             [{"messages": [{"role": "system", "content": "a"}, TURN[1]]}],
             {},
             "The prompt of a conversation ends with a `system` message, but a chat template asks",
@@ -461,6 +492,16 @@ def test_prepare_dataset_messages_without_chat_template_raise(data):
         prepare([data], tokenizer)
 
 
+def test_prepare_dataset_assistant_only_loss_without_generation_markers_raises():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("{%- generation -%}", "").replace(
+        "{%- endgeneration -%}", ""
+    )
+    assert len(prepare([{"messages": TURN}], tokenizer)) == 1
+    with pytest.raises(ValueError, match="template is not training-compatible"):
+        prepare([{"messages": TURN}], tokenizer, assistant_only_loss=True)
+
+
 def test_pack_keeps_every_token_and_its_label(tokenizer, prompt_completion_dataset):
     prepared = prepare(prompt_completion_dataset, tokenizer, max_length=64)
     packed = pack(prepared, max_length=64)
@@ -486,7 +527,9 @@ def test_pack_unknown_strategy_raises(tokenizer, prompt_completion_dataset):
         pack(prepare(prompt_completion_dataset, tokenizer), 64, "tight")
 
 
-@pytest.fixture(params=["tokenizers/gpt2", "tokenizers/mistral", "tokenizers/qwen", "models/stories260K"])
+@pytest.fixture(
+    scope="module", params=["tokenizers/gpt2", "tokenizers/mistral", "tokenizers/qwen", "models/stories260K"]
+)
 def real_tokenizer(request):
     folder = SHARED / request.param
     if not folder.is_dir():

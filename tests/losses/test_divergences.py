@@ -127,7 +127,7 @@ def test_divergence_backward_leaves_the_teacher_without_gradient(divergence):
 def test_kl_swapped_arguments_changes_direction():
     student, teacher = random_logits((3, 5), seed=0), random_logits((3, 5), seed=1)
     torch.testing.assert_close(forward_kl(student, teacher), reverse_kl(teacher, student))
-    assert (forward_kl(student, teacher) - reverse_kl(student, teacher)).abs().min() > 0.05
+    assert (forward_kl(student, teacher) - reverse_kl(student, teacher)).abs().max() > 0.4
 
 
 @pytest.mark.parametrize(("beta", "swapped_beta"), [(0.5, 0.5), (0.2, 0.8)])
@@ -209,7 +209,7 @@ def test_divergence_token_excluded_by_the_teacher_has_the_value_by_hand(divergen
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "reverse_kl"])
 def test_divergence_one_hot_teacher_is_finite_and_agrees_with_the_label(divergence):
     function, _ = DIVERGENCES[divergence]
-    student = random_logits((1, 4), seed=0).requires_grad_()
+    student = torch.tensor([[0.5, -1.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
     teacher = torch.full((1, 4), -math.inf, dtype=torch.float64)
     teacher[0, 2] = 0.0
     value = function(student, teacher)

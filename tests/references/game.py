@@ -109,9 +109,7 @@ def action_values(game, policy, gamma):
 
 def state_moment(game, state, critic):
     """sum_y (teacher - student) f at one state."""
-    return sum(
-        (game.teacher[state][y] - game.student[state][y]) * critic[state][y] for y in range(game.vocab_size)
-    )
+    return sum((game.teacher[state][y] - game.student[state][y]) * critic[state][y] for y in range(game.vocab_size))
 
 
 def moment(game, writer, critic, gamma):

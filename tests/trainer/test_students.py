@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.tiny import make_model
@@ -119,18 +119,19 @@ def test_qlora_student_trains_on_cpu(tokenizer, tmp_path, wide_pair):
 def test_qlora_gradients_are_the_same_after_a_rollout(tokenizer, tmp_path, wide_pair):
     """bitsandbytes repacks weights in eval mode on some CPUs, and gradients stop there; see `_compat`."""
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    args, lora = config(tmp_path), LoraConfig(**LORA, init_lora_weights=False)
-    trainer = AMMTrainer(
-        *wide_pair, args, tiny_dataset(), quantization_config=quantization, peft_config=lora
-    )
-    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    base = AutoModelForCausalLM.from_pretrained(wide_pair[0], quantization_config=quantization, dtype=torch.float32)
+    student = get_peft_model(base, LoraConfig(**LORA, init_lora_weights=False)).bfloat16()
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
 
     def gradients():
-        trainer.model.train()
-        loss = trainer.model(torch.arange(3, 12).unsqueeze(0)).logits.square().mean()
+        student.train()
+        loss = student(torch.arange(3, 12).unsqueeze(0)).logits.float().square().mean()
         return torch.autograd.grad(loss, parameters)
 
     before = gradients()
+    trainer = AMMTrainer(
+        student, wide_pair[1], config(tmp_path), tiny_dataset(), processing_class=tokenizer
+    )
     trainer.write_with_student([[5, 6, 7]], seed=0)
     for value, expected in zip(gradients(), before, strict=True):
         assert torch.equal(value, expected)

@@ -92,7 +92,7 @@ class RowFormatter:
         input_ids = self._close(self._encode(text))
         return input_ids, list(input_ids), 0
 
-    def _messages(self, row: dict[str, Any]) -> tuple[list[int], list[int], int | None]:
+    def _messages(self, row: dict[str, Any]) -> tuple[list[int], list[int], int]:
         messages = row["messages"]
         # The last turn may be several messages in a row.
         turn = list(takewhile(lambda message: message["role"] == "assistant", reversed(messages)))[::-1]
@@ -104,9 +104,13 @@ class RowFormatter:
             )
         if _is_empty(turn):
             raise _RowDroppedError(EMPTY_COMPLETION)
-        if self.assistant_only_loss:
-            return self._assistant_turns(row, messages, prompt=None)
-        return self._conversation(row, messages[: len(messages) - len(turn)], turn)
+        prompt = messages[: len(messages) - len(turn)]
+        if not self.assistant_only_loss:
+            return self._conversation(row, prompt, turn)
+        _check_prompt(prompt)
+        roles = [message["role"] for message in messages]
+        starts = [i for i in range(1, len(roles)) if roles[i] == "assistant" and roles[i - 1] in ("user", "tool")]
+        return self._assistant_turns(row, messages, starts, trains_prompt=True)
 
     def _prompt_completion(self, row: dict[str, Any]) -> tuple[list[int], list[int], int]:
         prompt = "" if row["prompt"] is None else row["prompt"]
@@ -127,40 +131,38 @@ class RowFormatter:
         if not is_conversation:
             return self._join(prompt, completion, is_rendered=False)
         if self.assistant_only_loss:
-            return self._assistant_turns(row, prompt + completion, prompt)
+            _check_prompt(prompt)
+            return self._assistant_turns(row, prompt + completion, [len(prompt)], trains_prompt=False)
         return self._conversation(row, prompt, completion)
 
     def _conversation(self, row, prompt: list[dict], completion: list[dict]) -> tuple[list[int], list[int], int]:
         text = self._render(row, {"prompt": prompt, "completion": completion})
         return self._join(text["prompt"], text["completion"], is_rendered=True)
 
-    def _assistant_turns(self, row, messages: list[dict], prompt: list[dict] | None) -> tuple:
-        """All assistant turns are trained; those after `prompt` if there is one."""
+    def _assistant_turns(self, row, messages, starts: list[int], trains_prompt: bool) -> tuple:
+        """Trains what the template marks; the completion is from the last of `starts` that `max_length` leaves."""
         options = {"chat_template": self.training_template, "return_dict": True, **_template_options(row)}
         encoded = self.tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, **options)
         input_ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        prompt_length = None
-        if prompt is not None:
-            prompt_ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"]
-            pairs = zip(prompt_ids, input_ids, strict=False)
+        for start in reversed(starts):
+            # Not the start of the marked tokens, among which some templates have the header of the turn.
+            prompt = self.tokenizer.apply_chat_template(messages[:start], add_generation_prompt=True, **options)
+            pairs = zip(prompt["input_ids"], input_ids, strict=False)
             prompt_length = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            if self.max_length is None or prompt_length < self.max_length:
+                break
+        if not trains_prompt:
             mask = [0] * prompt_length + mask[prompt_length:]
         if not any(mask):
             raise _RowDroppedError(NOT_TRAINED)
         closed = self._close(input_ids)
         labels = [token if trained else -100 for token, trained in zip(input_ids, mask, strict=True)]
-        # The closing EOS is trained also where the template's markers leave it out.
+        # The closing EOS is trained also where the template's marks leave it out.
         return closed, labels[: len(closed) - 1] + closed[-1:], prompt_length
 
     def _render(self, row, example: dict[str, list[dict]]) -> dict[str, str]:
         """Texts of prompt and completion by the chat template, whose common prefix is the prompt."""
-        role = example["prompt"][-1]["role"] if example["prompt"] else None
-        if role not in ("user", "tool", "assistant"):
-            last = f"a `{role}` message" if role else "nothing"
-            raise ValueError(
-                f"The prompt of a conversation ends with {last}, but a chat template asks for an answer only after a "
-                "user or tool message. Add one, remove the row, or pass the conversation as text."
-            )
+        _check_prompt(example["prompt"])
         options = _template_options(row)
         return apply_chat_template(example, self.tokenizer, tools=options.pop("tools"), **options)
 
@@ -202,6 +204,16 @@ class RowFormatter:
                 return input_ids + [self.tokenizer.eos_token_id]
             end -= 1
         return input_ids[:end] if end > 0 else input_ids + [self.tokenizer.eos_token_id]
+
+
+def _check_prompt(messages: list[dict[str, Any]]) -> None:
+    role = messages[-1]["role"] if messages else None
+    if role not in ("user", "tool", "assistant"):
+        last = f"a `{role}` message" if role else "nothing"
+        raise ValueError(
+            f"The prompt of a conversation ends with {last}, but a chat template asks for an answer only after a user "
+            "or tool message. Add one, remove the row, or pass the conversation as text."
+        )
 
 
 def _template_options(row: dict[str, Any]) -> dict[str, Any]:

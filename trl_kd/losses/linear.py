@@ -145,10 +145,21 @@ def _chunk_loss(
     values = {}
     with torch.autocast(device.type, enabled=False):
         for name, term in terms.items():
-            trained = term.weights is not None
-            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                value = term.function(*(inputs[key] for key in term.inputs))
-            if trained:
+            value = _term_values(term, [inputs[key] for key in term.inputs])
+            if term.weights is not None:
                 loss = loss + weighted_sum(value, term.weights)
             values[name] = value.detach()
     return loss, values
+
+
+def _term_values(term: Term, arguments: list[torch.Tensor]) -> torch.Tensor:
+    """Per-row values, with gradient for the rows that carry weight."""
+    counted = None if term.weights is None else term.weights != 0
+    if counted is not None and counted.all():
+        return term.function(*arguments)
+    with torch.no_grad():
+        values = term.function(*arguments)
+    if counted is None:
+        return values
+    # Selected before the function: zero times the gradient of an infinite value would be NaN
+    return values.masked_scatter(counted, term.function(*(argument[counted] for argument in arguments)))

@@ -86,7 +86,11 @@ def exact_critic(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> 
 
     Returns:
         `torch.Tensor` of shape `(..., V)`: -1, 0 or 1, without gradient.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
+    _check_same_shape(student_logits, teacher_logits)
     difference = _log_probs(teacher_logits.detach()).exp() - _log_probs(student_logits.detach()).exp()
     return difference.sign()
 
@@ -106,7 +110,11 @@ def penalised_critic(student_logits: torch.Tensor, teacher_logits: torch.Tensor)
 
     Returns:
         `torch.Tensor` of shape `(..., V)`: in [-1, 1], zero for actions that neither model takes, without gradient.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
+    _check_same_shape(student_logits, teacher_logits)
     p_t, p_s = _log_probs(teacher_logits.detach()).exp(), _log_probs(student_logits.detach()).exp()
     total = p_t + p_s
     return (p_t - p_s) / total.clamp_min(torch.finfo(total.dtype).tiny)
@@ -127,6 +135,9 @@ def exact_moment(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> 
 
     Returns:
         `torch.Tensor` of shape `(...)`: in [0, 2].
+
+    Raises:
+        ValueError: If the shapes differ.
     """
     return moment(student_logits, teacher_logits, exact_critic(student_logits, teacher_logits))
 
@@ -147,6 +158,9 @@ def exact_penalised_moment(student_logits: torch.Tensor, teacher_logits: torch.T
 
     Returns:
         `torch.Tensor` of shape `(...)`: in [0, 2], never above `exact_moment`.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
     return moment(student_logits, teacher_logits, penalised_critic(student_logits, teacher_logits))
 
@@ -217,4 +231,6 @@ def later_returns(costs: torch.Tensor, mask: torch.Tensor, gamma: float) -> torc
     weights = torch.where(
         lag > 0, torch.tensor(gamma, dtype=torch.float64, device=costs.device) ** lag.clamp_min(0), 0
     )
-    return (costs @ weights.to(costs.dtype).T).masked_fill(~mask.bool(), 0.0)
+    with torch.autocast(costs.device.type, enabled=False):
+        returns = costs @ weights.to(costs.dtype).T
+    return returns.masked_fill(~mask.bool(), 0.0)

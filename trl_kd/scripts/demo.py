@@ -44,53 +44,35 @@ MAX_COMPLETION_LENGTH = 64
 TRAIN_STORIES = 12000
 TEST_STORIES = 96
 
-NAMES = {"Mia": "She", "Ben": "He", "Zoe": "She", "Tom": "He", "Ida": "She", "Max": "He", "Eva": "She", "Leo": "He"}
-THINGS = ("marbles", "apples", "stamps", "shells", "pencils", "buttons", "coins", "stones")
+NAMES = {"Mia": "she", "Ben": "he", "Zoe": "she", "Tom": "he", "Ida": "she", "Max": "he", "Eva": "she", "Leo": "he"}
+THINGS = ("marbles", "apples", "stamps", "shells", "pencils", "buttons")
 COLOURS = ("red", "blue", "green", "white", "yellow")
 PLACES = ("near the old well", "under the bridge", "behind the barn", "at the market", "on the beach", "in the attic")
-MOODS = ("happy", "proud", "tired", "curious", "sad")
-NUMBERS = (
-    "no one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen"
-).split()
+GLAD, SORRY = ("happy", "proud", "full of plans"), ("sad", "tired", "not sorry at all")
+NUMBERS = "none one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def make_story(rng: random.Random) -> dict[str, str]:
     """One story with a sum in it: the first sentence is the prompt, the rest the completion."""
     name, friend = rng.sample(list(NAMES), 2)
-    colour, thing, place = rng.choice(COLOURS), rng.choice(THINGS), rng.choice(PLACES)
-    first, second = rng.randint(1, 9), rng.randint(1, 9)
-    pronoun = NAMES[name]
-    if rng.random() < 0.6 or second > first:
-        event = rng.choices(
-            (
-                f"{pronoun} finds {NUMBERS[second]} more {place}.",
-                f"{friend} gives {'her' if pronoun == 'She' else 'him'} {NUMBERS[second]} more.",
-            ),
-            weights=(2, 1),
-        )[0]
-        total = first + second
+    pronoun, thing, colour = NAMES[name], rng.choice(THINGS), rng.choice(COLOURS)
+    first, second = rng.randint(1, 6), rng.randint(1, 6)
+    # Each thing has its usual place.
+    usual = THINGS.index(thing)
+    place = rng.choices(PLACES, weights=[6 if index == usual else 1 for index in range(len(PLACES))])[0]
+    is_gain = second > first or rng.random() < 0.5
+    if is_gain:
+        events = (f"finds {NUMBERS[second]} more {place}", f"gets {NUMBERS[second]} more from {friend}")
     else:
-        event = rng.choices(
-            (
-                f"{pronoun} loses {NUMBERS[second]} of them {place}.",
-                f"{pronoun} gives {NUMBERS[second]} of them to {friend}.",
-            ),
-            weights=(1, 2),
-        )[0]
-        total = first - second
-    end = rng.choices(
-        (
-            f"{pronoun} is {rng.choice(MOODS)}.",
-            f"{pronoun} shows them to {friend}, who is {rng.choice(MOODS)}.",
-            f"{pronoun} puts them in a box and goes home.",
-        ),
-        weights=(3, 2, 1),
-    )[0]
-    prompt = f"{name} has {NUMBERS[first]} {colour} {thing}."
+        events = (f"loses {NUMBERS[second]} of them {place}", f"gives {NUMBERS[second]} of them to {friend}")
+    event = rng.choices(events, weights=(2, 1))[0]
+    total = NUMBERS[first + second if is_gain else first - second]
+    mood = rng.choices(GLAD if is_gain else SORRY, weights=(3, 2, 1))[0]
+    end = rng.choices((f"{pronoun} is {mood}", f"{friend} is {mood}", f"{pronoun} goes home"), weights=(3, 2, 1))[0]
+    sentences = [f"{pronoun} {event}", f"now {pronoun} has {total}", end]
     return {
-        "prompt": prompt,
-        "completion": f" {event} Now {pronoun.lower()} has {NUMBERS[total]} {colour} {thing}. {end}",
+        "prompt": f"{name} has {NUMBERS[first]} {colour} {thing}.",
+        "completion": "".join(f" {sentence[0].upper()}{sentence[1:]}." for sentence in sentences),
     }
 
 
@@ -103,20 +85,12 @@ def make_stories(count: int, seed: int) -> "Dataset":
 
 
 def sum_is_right(story: str) -> bool:
-    """Whether a story keeps its own accounts: it ends with as many things of the same kind as it should."""
-    pattern = (
-        r"\w+ has (\w+) (\w+ \w+)\. (?:\w+ finds (\w+) more|\w+ gives h\w+ (\w+) more|\w+ loses (\w+) of|\w+ gives (\w+) of)"
-        r"[^.]*\. Now \w+ has (\w+) (\w+ \w+)\."
-    )
-    match = re.match(pattern, story)
-    if match is None:
+    """Whether a story keeps its own accounts."""
+    match = re.match(r"\w+ has (\w+) \w+ \w+\. \w+ (finds|gets|loses|gives) (\w+) .*?\. Now \w+ has (\w+)\.", story)
+    if match is None or not {match[1], match[3], match[4]} <= set(NUMBERS):
         return False
-    first, kind, found, given, lost, passed_on, total, kind_after = match.groups()
-    words = [first, found or given or lost or passed_on, total]
-    if kind != kind_after or not set(words) <= set(NUMBERS):
-        return False
-    before, change, after = map(NUMBERS.index, words)
-    return after == (before + change if found or given else before - change)
+    before, change, after = (NUMBERS.index(match[group]) for group in (1, 3, 4))
+    return after == (before + change if match[2] in ("finds", "gets") else before - change)
 
 
 def train_tokenizer(stories: "Dataset") -> "PreTrainedTokenizerFast":
