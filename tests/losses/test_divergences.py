@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from tests.losses.checks import SHAPES, check_against_loops, logits_of, random_logits
 from tests.references import divergences as references
 from trl_kd.losses import cross_entropy, entropy, forward_kl, generalized_jsd, reverse_kl, total_variation
 
@@ -18,32 +19,6 @@ DIVERGENCES = {
     "total_variation": (total_variation, references.total_variation),
 }
 EVERY_DIVERGENCE = pytest.mark.parametrize("divergence", DIVERGENCES)
-# An even and an odd shape, (B, K, V)
-SHAPES = pytest.mark.parametrize("shape", [(2, 4, 8), (3, 1, 7)])
-
-
-def random_logits(shape, seed, dtype=torch.float64):
-    return 2.0 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def logits_of(*probabilities):
-    return torch.tensor([probabilities], dtype=torch.float64).log()
-
-
-def check_against_loops(function, reference, logits, *others):
-    """Values and gradients, each token with its own weight in the backward pass; 1e-12 is float64 rounding."""
-    logits = logits.clone().requires_grad_()
-    values = function(logits, *others)
-    assert values.shape == logits.shape[:-1] and values.dtype == torch.float64
-    weights = torch.arange(1, values.numel() + 1, dtype=torch.float64).view(values.shape)
-    (weights * values).sum().backward()
-    for index in torch.cartesian_prod(*(torch.arange(n) for n in values.shape)).tolist():
-        index = tuple(index)
-        expected, gradient = reference(logits[index].tolist(), *(other[index].tolist() for other in others))
-        assert values[index].item() == pytest.approx(expected, abs=1e-12)
-        torch.testing.assert_close(
-            logits.grad[index], weights[index] * torch.tensor(gradient, dtype=torch.float64), rtol=1e-10, atol=1e-12
-        )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +26,7 @@ def check_against_loops(function, reference, logits, *others):
     [
         (forward_kl, 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)),
         (reverse_kl, 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)),
-        # The mixture is [3/8, 5/8]: halves of ln(4/3), ln(4/5) against the teacher, ln(2/3), ln(6/5) against the student
+        # The mixture is [3/8, 5/8]: ln(4/3) and ln(4/5) for the teacher, ln(2/3) and ln(6/5) for the student
         (
             generalized_jsd,
             0.25 * math.log(4 / 3) + 0.25 * math.log(4 / 5) + 0.125 * math.log(2 / 3) + 0.375 * math.log(6 / 5),

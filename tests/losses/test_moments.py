@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
+from tests.losses.checks import SHAPES, check_against_loops, logits_of, random_logits
 from tests.references import divergences as references
-from tests.losses.test_divergences import SHAPES, check_against_loops, logits_of, random_logits
 from trl_kd.losses import (
     discount_weights,
     exact_critic,

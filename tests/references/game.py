@@ -175,8 +175,8 @@ def horizon_bound(game, writer, gamma):
 
 def student_gradient(game, writer, critic, gamma, follow_states):
     """
-    Derivative of the moment with respect to the student's logits at each state. With `follow_states`, the texts are the
-    student's and their probabilities move too.
+    Derivative of the moment with respect to the student's logits at each state. With `follow_states`, the texts are
+    the student's and their probabilities move too.
     """
     result = {state: [0.0] * game.vocab_size for state in game.states}
     for text in game.texts:

@@ -26,9 +26,7 @@ def make_trainer(tokenizer, folder, lora, eval_dataset=None, **overrides):
         **overrides,
     )
     peft_config = LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear") if lora else None
-    return ProjectingTrainer(
-        student, teacher, args, tiny_dataset(), eval_dataset, tokenizer, peft_config=peft_config
-    )
+    return ProjectingTrainer(student, teacher, args, tiny_dataset(), eval_dataset, tokenizer, peft_config=peft_config)
 
 
 def state_of(trainer):
@@ -64,7 +62,9 @@ def test_resume_after_half_equals_uninterrupted(tokenizer, uninterrupted):
     assert_same_run(resumed, whole, state)
 
 
-def test_resume_after_kill_in_the_middle_of_a_save_equals_uninterrupted(tokenizer, uninterrupted, tmp_path, monkeypatch):
+def test_resume_after_kill_in_the_middle_of_a_save_equals_uninterrupted(
+    tokenizer, uninterrupted, tmp_path, monkeypatch
+):
     lora, whole, state = uninterrupted
 
     def killed(self, folder):
@@ -92,7 +92,9 @@ def test_resume_partial_checkpoint_by_name_raises(tokenizer, uninterrupted, tmp_
     partial = tmp_path / "checkpoint-3"
     partial.mkdir()
     trainer = make_trainer(tokenizer, tmp_path, lora=False)
-    with pytest.raises(ValueError, match="checkpoint-3` is partial: it has no `trl_kd_complete.json`.*newest complete"):
+    with pytest.raises(
+        ValueError, match="checkpoint-3` is partial: it has no `trl_kd_complete.json`.*newest complete"
+    ):
         trainer.train(resume_from_checkpoint=str(partial))
     with pytest.raises(ValueError, match=r"no complete checkpoint to resume from \(partial ones: 1\)"):
         trainer.train(resume_from_checkpoint=True)

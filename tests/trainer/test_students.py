@@ -41,9 +41,7 @@ def generates(model, tokenizer):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_full_student_every_parameter_changes_and_reloads_clean(tokenizer, tmp_path, kind):
     trainer, student, teacher = fit(tokenizer, tmp_path, ProjectingTrainer, kind, lmbda=0.5)
-    unchanged = [
-        name for name, parameter in trainer.model.named_parameters() if torch.equal(parameter, student[name])
-    ]
+    unchanged = [name for name, parameter in trainer.model.named_parameters() if torch.equal(parameter, student[name])]
     # The key bias of attention shifts all scores of a query alike, so its gradient is rounding noise
     assert [name for name in unchanged if not name.endswith("k_proj.bias")] == []
     assert same(weights(trainer.teacher.model), teacher)
@@ -129,9 +127,7 @@ def test_qlora_gradients_are_the_same_after_a_rollout(tokenizer, tmp_path, wide_
         return torch.autograd.grad(loss, parameters)
 
     before = gradients()
-    trainer = AMMTrainer(
-        student, wide_pair[1], config(tmp_path), tiny_dataset(), processing_class=tokenizer
-    )
+    trainer = AMMTrainer(student, wide_pair[1], config(tmp_path), tiny_dataset(), processing_class=tokenizer)
     trainer.write_with_student([[5, 6, 7]], seed=0)
     for value, expected in zip(gradients(), before, strict=True):
         assert torch.equal(value, expected)

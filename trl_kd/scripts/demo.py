@@ -7,11 +7,13 @@ trl-kd demo
 ```
 """
 
+import logging
 import os
 import random
 import re
 import tempfile
 import time
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
     from rich.console import Console
-    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
 class Size:
-    """Width and depth of a model, and how long it is fine-tuned."""
+    """Width and depth of a model, and how it is fine-tuned."""
 
     hidden_size: int
     layers: int
@@ -35,13 +37,13 @@ class Size:
     learning_rate: float
 
 
-TEACHER = Size(hidden_size=128, layers=4, steps=350, learning_rate=2e-3)
-STUDENT = Size(hidden_size=48, layers=2, steps=150, learning_rate=3e-3)
-AMM_STEPS = 80
-AMM_LEARNING_RATE = 2e-3
+TEACHER = Size(hidden_size=128, layers=2, steps=450, learning_rate=4e-3)
+STUDENT = Size(hidden_size=64, layers=2, steps=200, learning_rate=3e-3)
+AMM_STEPS = 300
+AMM_LEARNING_RATE = 3e-3
 BATCH_SIZE = 32
-MAX_COMPLETION_LENGTH = 64
-TRAIN_STORIES = 12000
+MAX_COMPLETION_LENGTH = 48
+TRAIN_STORIES = 8000
 TEST_STORIES = 96
 
 NAMES = {"Mia": "she", "Ben": "he", "Zoe": "she", "Tom": "he", "Ida": "she", "Max": "he", "Eva": "she", "Leo": "he"}
@@ -56,7 +58,7 @@ def make_story(rng: random.Random) -> dict[str, str]:
     """One story with a sum in it: the first sentence is the prompt, the rest the completion."""
     name, friend = rng.sample(list(NAMES), 2)
     pronoun, thing, colour = NAMES[name], rng.choice(THINGS), rng.choice(COLOURS)
-    first, second = rng.randint(1, 6), rng.randint(1, 6)
+    first, second = rng.randint(2, 6), rng.randint(1, 6)
     # Each thing has its usual place.
     usual = THINGS.index(thing)
     place = rng.choices(PLACES, weights=[6 if index == usual else 1 for index in range(len(PLACES))])[0]
@@ -140,7 +142,7 @@ def training_settings(folder: str, steps: int, learning_rate: float, seed: int) 
         "per_device_train_batch_size": BATCH_SIZE,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, steps // 2),
-        "logging_steps": max(1, steps // 5),
+        "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,
@@ -150,30 +152,22 @@ def training_settings(folder: str, steps: int, learning_rate: float, seed: int) 
     }
 
 
-def fine_tune(
-    model: "PreTrainedModel",
-    size: Size,
-    stories: "Dataset",
-    tokenizer: "PreTrainedTokenizerFast",
-    folder: str,
-    seed: int,
-) -> None:
-    """Plain supervised fine-tuning, in place."""
+def fine_tune(size: Size, stories: "Dataset", tokenizer: "PreTrainedTokenizerFast", folder: str, seed: int) -> None:
+    """Train a new model of this size by plain supervised fine-tuning, and save it."""
     from trl import SFTConfig, SFTTrainer
 
-    settings = training_settings(folder, size.steps, size.learning_rate, seed)
-    SFTTrainer(model=model, args=SFTConfig(**settings), train_dataset=stories, processing_class=tokenizer).train()
+    trainer = SFTTrainer(
+        model=make_model(size, tokenizer, seed),
+        args=SFTConfig(**training_settings(folder, size.steps, size.learning_rate, seed)),
+        train_dataset=stories,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(folder)
 
 
-def distil(
-    student: "PreTrainedModel",
-    teacher: "PreTrainedModel",
-    stories: "Dataset",
-    tokenizer: "PreTrainedTokenizerFast",
-    folder: str,
-    seed: int,
-) -> None:
-    """Adversarial moment matching on the stories and on the student's own, in place; saves the student."""
+def distil(student: str, teacher: str, stories: "Dataset", folder: str, seed: int) -> None:
+    """Train the student by adversarial moment matching, half on the stories and half on its own, and save it."""
     from trl_kd import AMMConfig, AMMTrainer
 
     settings = training_settings(folder, AMM_STEPS, AMM_LEARNING_RATE, seed)
@@ -182,7 +176,6 @@ def distil(
         teacher_model=teacher,
         args=AMMConfig(**settings, max_completion_length=MAX_COMPLETION_LENGTH),
         train_dataset=stories,
-        processing_class=tokenizer,
     )
     trainer.train()
     trainer.save_model(folder)
@@ -195,16 +188,23 @@ def tokenized(stories: "Dataset", tokenizer: "PreTrainedTokenizerFast") -> tuple
     return prompts, completions
 
 
-def judge(
-    model: "PreTrainedModel",
-    teacher: "PreTrainedModel",
-    stories: "Dataset",
-    tokenizer: "PreTrainedTokenizerFast",
-    seed: int,
-) -> tuple[dict[str, float], list[str]]:
-    """Fidelity of a model to its teacher on held-out stories, and the stories that it writes."""
+@dataclass(frozen=True)
+class Judgement:
+    """A model's fidelity to the teacher, and the stories that it writes."""
+
+    parameters: int
+    values: dict[str, float]
+    stories: list[str]
+
+
+def judge(folder: str, teacher_folder: str, stories: "Dataset", seed: int) -> Judgement:
+    """Compare a saved model with the saved teacher on held-out stories."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from trl_kd.evaluation import evaluate_fidelity, sample_completions
 
+    model, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, teacher_folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts, references = tokenized(stories, tokenizer)
     settings = {"max_new_tokens": MAX_COMPLETION_LENGTH, "batch_size": len(prompts), "seed": seed, "progress": False}
     values = evaluate_fidelity(model, teacher, prompts, references, **settings)
@@ -214,7 +214,7 @@ def judge(
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     values["sums_right"] = sum(map(sum_is_right, written)) / len(written)
-    return values, written
+    return Judgement(model.num_parameters(), values, written)
 
 
 COLUMNS = {
@@ -226,44 +226,34 @@ COLUMNS = {
 }
 
 
-def show(console: "Console", results: dict[str, tuple["PreTrainedModel", dict[str, float], list[str]]]) -> None:
+LEGEND = """\
+TV: total variation between the next-token distributions of model and teacher (0 to 1), on the model's own stories and on
+the data. NLL: nats per token. Imitation gap: teacher log-likelihood per token that is lost by acting as the model. Sums
+right: stories that count correctly. "After" has also seen more stories than "before": the comparison with as much plain
+fine-tuning, on real stories, is in examples/stories.
+"""
+
+
+def show(console: "Console", judgements: dict[str, Judgement]) -> None:
     """Print the table, and what each model makes of the same prompts."""
     from rich.table import Table
 
     table = Table(title="Held-out stories: how far is each model from the teacher?", title_justify="left")
     table.add_column("model")
-    table.add_column("parameters", justify="right")
-    for title in COLUMNS.values():
+    for title in ("parameters", *COLUMNS.values()):
         table.add_column(title, justify="right")
-    for name, (model, values, _) in results.items():
-        cells = [f"{values[key]:.0%}" if key == "sums_right" else f"{values[key]:.3f}" for key in COLUMNS]
-        table.add_row(name, f"{model.num_parameters():,}", *cells)
+    for name, judgement in judgements.items():
+        cells = [
+            f"{judgement.values[key]:.0%}" if key == "sums_right" else f"{judgement.values[key]:.3f}"
+            for key in COLUMNS
+        ]
+        table.add_row(name, f"{judgement.parameters:,}", *cells)
     console.print(table)
-    console.print(
-        "TV: total variation to the teacher's next-token distribution (0 to 1), on the model's own stories and on the\n"
-        "data. NLL: nats per token. Imitation gap: teacher log-likelihood per token that is lost by acting as the model.\n"
-        "Sums right: stories that count correctly. 'After' has also seen more text than 'before'; the comparison with as\n"
-        "much plain fine-tuning is in examples/stories.\n"
-    )
+    console.print(LEGEND, highlight=False)
     for index in range(2):
-        for name, (_, _, written) in results.items():
-            console.print(f"[bold]{name}[/bold]: {written[index]}", highlight=False)
+        for name, judgement in judgements.items():
+            console.print(f"[bold]{name}[/bold]: {judgement.stories[index]}", highlight=False)
         console.print()
-
-
-def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Make the models, train them, compare them."""
-    parser = ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0].strip(), allow_abbrev=False)
-    parser.add_argument("--output_dir", help="where the student is saved (default: a temporary folder, removed)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and samples (default: 0)")
-    args = parser.parse_args(arguments)
-    # Nothing here has a name on the Hub, and asking for one would wait for a network.
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if args.output_dir is not None:
-        main(args.output_dir, args.seed)
-        return
-    with tempfile.TemporaryDirectory(prefix="trl-kd-demo-") as folder:
-        main(folder, args.seed)
 
 
 def main(folder: str, seed: int) -> dict[str, dict[str, float]]:
@@ -272,12 +262,12 @@ def main(folder: str, seed: int) -> dict[str, dict[str, float]]:
 
     Args:
         folder (`str`):
-            Where the student is saved.
+            Where the models are saved: `teacher`, `before` and `after`.
         seed (`int`):
             Seed of data, weights and samples.
 
     Returns:
-        `dict[str, dict[str, float]]`: Metrics of the teacher, and of the student before and after.
+        `dict[str, dict[str, float]]`: metrics of the teacher, and of the student before and after.
     """
     from rich.console import Console
 
@@ -286,30 +276,54 @@ def main(folder: str, seed: int) -> dict[str, dict[str, float]]:
     def say(text: str) -> None:
         console.print(f"\n[bold]{time.monotonic() - start:4.0f} s  {text}[/bold]", highlight=False)
 
-    say(f"Writing {TRAIN_STORIES:,} stories and training a tokenizer on them")
+    say(f"Writing {TRAIN_STORIES:,} stories, and training a tokenizer on them")
     stories, held_out = make_stories(TRAIN_STORIES, seed), make_stories(TEST_STORIES, seed + 1)
     tokenizer = train_tokenizer(stories)
-    console.print(f"{stories[0]['prompt']}[dim]{stories[0]['completion']}[/dim]", highlight=False)
+    console.print(f"For example: {stories[0]['prompt']}{stories[0]['completion']}", highlight=False)
 
-    teacher, student = make_model(TEACHER, tokenizer, seed), make_model(STUDENT, tokenizer, seed + 1)
-    say(f"Fine-tuning the teacher, {teacher.num_parameters():,} parameters")
-    fine_tune(teacher, TEACHER, stories, tokenizer, str(Path(folder) / "teacher"), seed)
-    say(f"Fine-tuning the student, {student.num_parameters():,} parameters")
-    fine_tune(student, STUDENT, stories, tokenizer, str(Path(folder) / "warm_start"), seed)
-
-    results = {}
-
-    def record(name: str, model: "PreTrainedModel") -> None:
-        results[name] = (model, *judge(model, teacher, held_out, tokenizer, seed))
-
-    record("teacher", teacher)
-    record("student before", student)
-    say("Distilling the student with AMM: half of the rows are its own stories")
-    distil(student, teacher, stories, tokenizer, str(Path(folder) / "student"), seed)
-    record("student after", student)
+    teacher, before, after = (str(Path(folder) / name) for name in ("teacher", "before", "after"))
+    say("Training the teacher: plain fine-tuning from random weights")
+    fine_tune(TEACHER, stories, tokenizer, teacher, seed)
+    say("Training the student the same way, shorter")
+    fine_tune(STUDENT, stories, tokenizer, before, seed + 1)
+    say("Distilling the student with AMM: half of the rows are stories of its own")
+    distil(before, teacher, stories, after, seed)
+    say("Comparing")
+    models = {"teacher": teacher, "student before": before, "student after": after}
+    judgements = {name: judge(path, teacher, held_out, seed) for name, path in models.items()}
+    show(console, judgements)
     say("Done")
-    show(console, results)
-    return {name: values for name, (_, values, _) in results.items()}
+    return {name: judgement.values for name, judgement in judgements.items()}
+
+
+def quiet() -> None:
+    """Leave the terminal to the training bars and the table; the libraries' hints are for longer runs."""
+    import datasets
+    import torch
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    # Models of this size lose more to the switching between threads than they gain.
+    torch.set_num_threads(1)
+
+
+def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse the command line and run the demonstration."""
+    parser = ArgumentParser(prog=prog, description=__doc__.split("```")[0].strip(), allow_abbrev=False)
+    parser.add_argument("--output_dir", help="where the models are saved (default: a temporary folder, removed)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and samples (default: 0)")
+    args = parser.parse_args(arguments)
+    # Read by the libraries when they are imported: nothing here has a name on the Hub.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    quiet()
+    if args.output_dir is not None:
+        main(args.output_dir, args.seed)
+        return
+    with tempfile.TemporaryDirectory(prefix="trl-kd-demo-") as folder:
+        main(folder, args.seed)
 
 
 if __name__ == "__main__":

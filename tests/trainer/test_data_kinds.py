@@ -1,0 +1,191 @@
+"""Every kind of data that the trainer takes, rollouts on each, and evaluation."""
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+
+from tests.trainer.runs import config, logged, pair, tiny_dataset
+from trl_kd import AMMTrainer
+
+
+PROMPTS = [{"prompt": f"What is the {word}?"} for word in ("fox", "bird", "river", "sky")] * 4
+MESSAGES = [
+    {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": "The sky."}]}
+    for row in PROMPTS
+]
+
+
+def build(tokenizer, tmp_path, rows, eval_dataset=None, **overrides):
+    student, teacher = pair(tokenizer)
+    data = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    return AMMTrainer(student, teacher, config(tmp_path, **overrides), data, eval_dataset, tokenizer)
+
+
+def one_step(trainer, step=0):
+    """The micro-batches of the first optimizer step, rollouts in place."""
+    iterator = iter(trainer.get_train_dataloader())
+    batches, count = trainer.get_batch_samples(iterator, 1, trainer.args.device)
+    return batches[0], count
+
+
+@pytest.mark.parametrize("rows", [PROMPTS, MESSAGES], ids=["prompt", "messages"])
+def test_rollout_rows_continue_their_own_prompt(tokenizer, tmp_path, rows):
+    trainer = build(tokenizer, tmp_path, rows, lmbda=0.5)
+    batch, count = one_step(trainer)
+    assert batch["is_on_policy"].sum() == 2
+    for i in range(4):
+        prompt_length = int(batch["prompt_length"][i])
+        prompt = trainer.train_dataset[i]["input_ids"][: trainer.train_dataset[i]["prompt_length"]]
+        assert batch["input_ids"][i, :prompt_length].tolist() == prompt
+        trained = batch["labels"][i] != -100
+        assert not trained[:prompt_length].any() and trained[prompt_length]
+        assert torch.equal(batch["labels"][i][trained], batch["input_ids"][i][trained])
+    assert count == (batch["labels"][:, 1:] != -100).sum() == batch["token_counts"].sum()
+
+
+def test_prompts_alone_teacher_writes_what_the_student_does_not(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, PROMPTS, lmbda=0.5, temperature=0.0)
+    batch, _ = one_step(trainer)
+    for i in range(4):
+        prompt = batch["input_ids"][i, : batch["prompt_length"][i]].tolist()
+        write = trainer.write_with_student if batch["is_on_policy"][i] else trainer.write_with_teacher
+        completion = batch["labels"][i][batch["labels"][i] != -100].tolist()
+        assert completion == write([prompt], seed=0)[0]
+    assert trainer.write_with_student([prompt], 0) != trainer.write_with_teacher([prompt], 0)
+
+
+def test_teacher_as_source_replaces_dataset_completions(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, tiny_dataset(), lmbda=0.0, off_policy_source="teacher", temperature=0.0)
+    batch, _ = one_step(trainer)
+    prompt = batch["input_ids"][0, : batch["prompt_length"][0]].tolist()
+    completion = batch["labels"][0][batch["labels"][0] != -100].tolist()
+    assert completion == trainer.write_with_teacher([prompt], seed=0)[0]
+    assert completion != [x for x in trainer.train_dataset[0]["labels"] if x != -100]
+
+
+def test_stream_trains_like_the_dataset_it_streams(tokenizer, tmp_path):
+    rows = list(tiny_dataset())
+    whole = build(tokenizer, tmp_path, rows)
+    stream = build(tokenizer, tmp_path, IterableDataset.from_generator(lambda: iter(rows)))
+    for trainer in (whole, stream):
+        trainer.train()
+    assert logged(stream, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-6)
+
+
+def test_plain_text_trains_every_token_off_policy(tokenizer, tmp_path):
+    rows = [{"text": "The fox is red."}, {"text": "The sky"}] * 4
+    trainer = build(tokenizer, tmp_path, rows, lmbda=0.0)
+    trainer.train()
+    lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
+    assert lengths[0] != lengths[1]
+    # All but the first of each row
+    assert logged(trainer, "kd/off_policy/tokens")[0] == sum(lengths[:4]) - 4
+
+
+def test_all_assistant_turns_are_trained_on_request(tokenizer, tmp_path):
+    turns = [("user", "Hello"), ("assistant", "The fox"), ("user", "What?"), ("assistant", "The sky is blue.")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}] * 4
+    counts = []
+    for everything in (False, True):
+        trainer = build(tokenizer, tmp_path, rows, lmbda=0.0, assistant_only_loss=everything)
+        trainer.train()
+        counts.append(logged(trainer, "kd/off_policy/tokens")[0])
+    first_turn = len(tokenizer("The fox<|im_end|>")["input_ids"])
+    assert counts[1] - counts[0] == 4 * first_turn
+
+
+def test_packed_rows_give_the_gradient_of_unpacked_rows(tokenizer, tmp_path):
+    rows = [{"prompt": f"{word}:", "completion": " is blue" * (1 + i % 3)} for i, word in enumerate("abcdefgh")]
+    options = {"lmbda": 0.0, "max_steps": 1, "gamma": 0.9}
+    flat = build(tokenizer, tmp_path, rows, per_device_train_batch_size=8, **options)
+    packed = build(tokenizer, tmp_path, rows, per_device_train_batch_size=1, packing=True, max_length=256, **options)
+    assert len(packed.train_dataset) == 1
+    for trainer in (flat, packed):
+        trainer.train()
+    for name in ("loss", "grad_norm", "kd/off_policy/tokens"):
+        assert logged(packed, name) == pytest.approx(logged(flat, name), rel=1e-5), name
+
+
+def test_pad_equal_to_eos_gives_the_same_loss(tokenizer, tmp_path):
+    import copy
+
+    losses = []
+    for pad_token in (tokenizer.pad_token, tokenizer.eos_token, None):
+        other = copy.deepcopy(tokenizer)
+        other.pad_token = pad_token
+        student, teacher = pair(tokenizer)
+        args = config(tmp_path, temperature=0.0)
+        trainer = AMMTrainer(student, teacher, args, tiny_dataset(), processing_class=other)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    for loss in losses[1:]:
+        assert loss == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_evaluation_is_total_variation_over_tokens_for_any_batch_size(tokenizer, tmp_path):
+    held_out = tiny_dataset(10)
+    results = []
+    for batch_size in (1, 3, 10):
+        trainer = build(
+            tokenizer, tmp_path, tiny_dataset(), held_out, per_device_eval_batch_size=batch_size, eval_strategy="no"
+        )
+        results.append(trainer.evaluate()["eval_loss"])
+        assert results[-1] == trainer.evaluate()["eval_loss"]
+    assert results == pytest.approx([results[0]] * 3, rel=1e-6)
+    total, count = 0.0, 0
+    for row in trainer.eval_dataset:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            p_s, p_t = (model(ids).logits[0].softmax(-1) for model in (trainer.model, trainer.teacher.model))
+        for position in range(len(labels) - 1):
+            if labels[position + 1] != -100:
+                total, count = total + 0.5 * (p_t[position] - p_s[position]).abs().sum().item(), count + 1
+    assert results[0] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_evaluation_of_fresh_and_several_datasets_has_their_prefix(tokenizer, tmp_path):
+    sets = {"a": tiny_dataset(4), "b": tiny_dataset(6)}
+    trainer = build(tokenizer, tmp_path, tiny_dataset(), sets)
+    metrics = trainer.evaluate()
+    assert metrics["eval_a_loss"] == metrics["eval_a_kd/off_policy/total_variation"]
+    assert metrics["eval_a_loss"] != metrics["eval_b_loss"]
+    fresh = trainer.evaluate(tiny_dataset(4), metric_key_prefix="test")
+    assert fresh["test_loss"] == pytest.approx(metrics["eval_a_loss"], rel=1e-6)
+
+
+def test_evaluation_of_prompts_alone_uses_the_teacher_s_completions_once(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, tiny_dataset(), Dataset.from_list(PROMPTS[:5]))
+    assert all(any(label != -100 for label in row["labels"]) for row in trainer.eval_dataset)
+    assert trainer.eval_dataset["prompt"] == [row["prompt"] for row in PROMPTS[:5]]
+    first = trainer.evaluate()["eval_loss"]
+    again = build(tokenizer, tmp_path, tiny_dataset(), Dataset.from_list(PROMPTS[:5]))
+    assert again.evaluate()["eval_loss"] == first == trainer.evaluate()["eval_loss"]
+
+
+def test_completions_are_logged_as_parquet_and_table(tokenizer, tmp_path, capsys):
+    trainer = build(
+        tokenizer,
+        tmp_path,
+        tiny_dataset(),
+        log_completions=True,
+        num_completions_to_print=1,
+        generation_kwargs={"min_new_tokens": 6},
+    )
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+    assert list(table.columns) == ["step", "prompt", "completion"]
+    assert len(table) == 2 and (table["step"] == 2).all()
+    assert table["prompt"].str.startswith("What is the").all()
+    assert tokenizer(table["completion"][0])["input_ids"]
+    assert "What is the" in capsys.readouterr().out
+
+
+def test_logged_distinct_2_and_length_describe_the_rollouts(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, tiny_dataset(), max_steps=1, generation_kwargs={"min_new_tokens": 6})
+    trainer.train()
+    written = trainer.rollouts.last_completions
+    pairs = [tuple(ids[i : i + 2]) for ids in written for i in range(len(ids) - 1)]
+    log = trainer.state.log_history[0]
+    assert log["kd/on_policy/distinct_2"] == len(set(pairs)) / len(pairs)
+    assert log["kd/on_policy/completion_length"] == 6 and log["kd/on_policy/tokens"] == 12
