@@ -32,6 +32,13 @@ def is_peft_model(model: nn.Module) -> bool:
     return is_peft_model(model)
 
 
+def has_adapter(module: nn.Module) -> bool:
+    """Whether PEFT has put an adapter around this very module. A full copy (`modules_to_save`) is not an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
 def is_placed(model: nn.Module) -> bool:
     """Whether the model stays where it was loaded: dispatched by a device map, or quantised."""
     return "hf_device_map" in vars(model) or "quantization_config" in model.config.to_dict()

@@ -263,12 +263,13 @@ class RolloutWriter:
             for i, drawn in enumerate(on_policy)
             if not drawn and (self.rewrite_off_policy or all(label == -100 for label in rows[i]["labels"]))
         ]
-        for indices, writer, seed in ((by_student, student, seeds[0]), (by_teacher, teacher, seeds[1])):
+        parts = ((by_student, student, seeds[0], True), (by_teacher, teacher, seeds[1], False))
+        for indices, writer, seed, is_on_policy in parts:
             prompts = [rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in indices]
             completions = writer(prompts, seed) if prompts else []
             for i, prompt, completion in zip(indices, prompts, completions, strict=True):
-                rows[i] |= completed_row(prompt, completion) | {"is_on_policy": writer is student}
-            if writer is student:
+                rows[i] |= completed_row(prompt, completion) | {"is_on_policy": is_on_policy}
+            if is_on_policy:
                 self.last_prompts += prompts
                 self.last_completions += completions
         device = batch["input_ids"].device

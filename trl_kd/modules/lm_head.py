@@ -142,10 +142,20 @@ def check_head(model: nn.Module, role: str) -> None:
             `"student"` or `"teacher"`, for the message.
 
     Raises:
-        NotImplementedError: If the logits differ, or the model's forward cannot be used this way.
+        NotImplementedError: If the logits differ, the model's forward cannot be used this way, or a PEFT adapter sits
+            on the head.
     """
+    from trl_kd._compat import has_adapter, is_peft_model
+
+    if is_peft_model(model) and has_adapter(model.get_output_embeddings()):
+        # No comparison of logits finds it: a new adapter is zero
+        raise NotImplementedError(
+            f"The {role} {type(model).__name__} (`{model.config.model_type}`) has a PEFT adapter on its output head. "
+            "The losses read the weight of the head, so the adapter would be ignored and never trained. Remove the "
+            "head from `target_modules`, or train it in full through `modules_to_save`."
+        )
     weight = model.get_input_embeddings().weight
-    input_ids = torch.arange(1, 7, device=weight.device).unsqueeze(0)
+    input_ids = torch.arange(1, 7, device=weight.device).unsqueeze(0) % weight.shape[0]
     reason = None
     try:
         hidden, logits = _hidden_states_and_logits(model, input_ids=input_ids)
@@ -158,6 +168,8 @@ def check_head(model: nn.Module, role: str) -> None:
         tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 4e-2
         if torch.isfinite(logits).all() and error > tolerance:
             reason = f"its logits differ from head(hidden states) by {error.item():.1e} of their size"
+        elif hidden.shape[1] != input_ids.shape[1]:  # PEFT's prompt learning adds virtual tokens
+            reason = f"its last hidden states have {hidden.shape[1]} positions for {input_ids.shape[1]} tokens"
     if reason is not None:
         raise NotImplementedError(
             f"The {role} {type(model).__name__} (`{model.config.model_type}`) is not supported: {reason}. The losses "

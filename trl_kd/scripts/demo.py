@@ -227,10 +227,10 @@ COLUMNS = {
 
 
 LEGEND = """\
-TV: total variation between the next-token distributions of model and teacher (0 to 1), on the model's own stories and on
-the data. NLL: nats per token. Imitation gap: teacher log-likelihood per token that is lost by acting as the model. Sums
-right: stories that count correctly. "After" has also seen more stories than "before": the comparison with as much plain
-fine-tuning, on real stories, is in examples/stories.
+TV: total variation between the next-token distributions of model and teacher (0 to 1), on the model's own stories
+and on the data. NLL: nats per token. Imitation gap: teacher log-likelihood per token that is lost by acting as the
+model. Sums right: stories that count correctly. "After" has also seen more stories than "before": the comparison
+with as much plain fine-tuning, on real stories, is in examples/stories.
 """
 
 
@@ -305,6 +305,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     # Models of this size lose more to the switching between threads than they gain.
     torch.set_num_threads(1)

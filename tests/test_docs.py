@@ -1,0 +1,55 @@
+"""The documentation says what is true: blocks that run, names that exist, and no public name left out."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.runs import config, logged, pair, tiny_dataset
+from trl_kd.losses import generalized_jsd, reverse_kl
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def test_extending_block_trains(tokenizer, tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), flags=re.S)
+    namespace = {}
+    exec(block, namespace)
+    args = config(tmp_path, lmbda=0.5, temperature=0.0)
+    student, teacher = pair(tokenizer)
+    trainer = namespace["HalfAndHalfTrainer"](student, teacher, args, tiny_dataset(), processing_class=tokenizer)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    mixed = [(first[f"kd/{source}/reverse_kl"] + first[f"kd/{source}/jsd"]) / 2 for source in ("off_policy", "on_policy")]
+    assert logged(trainer, "loss")[0] == pytest.approx(sum(mixed) / 2, rel=1e-5)
+    assert trainer.evaluate(tiny_dataset(4))["eval_loss"] > 0
+    assert {reverse_kl, generalized_jsd} <= set(namespace.values())
+
+
+@pytest.mark.parametrize("package", ["trl_kd", "trl_kd.losses", "trl_kd.modules", "trl_kd.evaluation"])
+def test_every_public_name_is_documented(package):
+    text = "\n".join(page.read_text() for page in DOCS)
+    module = importlib.import_module(package)
+    missing = [name for name in module.__all__ if not name.startswith("__") and f"{name}" not in text]
+    assert missing == []
+    undocumented = [name for name in module.__all__ if not name.startswith("__") and not getattr(module, name).__doc__]
+    assert undocumented == []
+
+
+@pytest.mark.parametrize("page", [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_between_pages_exist(page):
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_paper_index_names_exist():
+    text = (ROOT / "docs" / "paper_index.md").read_text()
+    names = set(re.findall(r"`(losses|modules)\.(\w+)`", text))
+    assert names
+    for package, name in names:
+        assert hasattr(importlib.import_module(f"trl_kd.{package}"), name), name
+    for path in re.findall(r"`(tests/[\w/]+(?:\.py)?)/?`", text):
+        assert (ROOT / path).exists(), path
