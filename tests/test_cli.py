@@ -237,7 +237,7 @@ def test_launch_runs_the_script_in_its_own_process(student_path, teacher_path, p
 # generate
 
 
-def generate_arguments(teacher: str, dataset: Path, output_file: Path, **changes: object) -> list[str]:
+def generate_arguments(teacher: str, dataset: Path | str, output_file: Path | str, **changes: object) -> list[str]:
     settings = {
         "teacher_model_name_or_path": teacher,
         "dataset_name": dataset,
@@ -363,20 +363,28 @@ def test_generate_other_settings_do_not_continue_a_partial_file(teacher_path, pr
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "value", "message"),
     [
-        ({"output_file": "out.txt"}, "`output_file` is 'out.txt', but its ending decides the format."),
-        ({"output_file": __file__.removesuffix(".py") + ".jsonl"}, None),
-        ({"batch_size": 0}, "`batch_size` is 0, but nothing can be written then."),
-        ({"num_completions": 0}, "`num_completions` is 0, but nothing can be written then."),
+        ("output_file", "out.txt", "`output_file` is 'out.txt', but its ending decides the format."),
+        ("output_file", "old.jsonl", "`output_file` is 'old.jsonl', which exists and would be lost."),
+        ("batch_size", "0", "`batch_size` is 0, but nothing can be written then."),
+        ("num_completions", "0", "`num_completions` is 0, but nothing can be written then."),
+        ("dataset_split_", "train", "unknown option in the command line: --dataset_split_ train."),
     ],
 )
-def test_generate_wrong_option_is_one_clear_line(changes, message, capsys, tmp_path):
-    if message is None:
-        (tmp_path / "old.jsonl").write_text("{}")
-        changes, message = {"output_file": tmp_path / "old.jsonl"}, "which exists and would be lost."
-    arguments = generate_arguments("no-teacher", "no.jsonl", tmp_path / "out.jsonl", **changes)
-    assert message in fails_with(capsys, arguments)
+def test_generate_wrong_option_is_one_clear_line(name, value, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old.jsonl").write_text("{}")
+    arguments = generate_arguments("no-teacher", "no.jsonl", "out.jsonl")
+    assert message in fails_with(capsys, [*arguments, f"--{name}", value])
+
+
+@pytest.mark.parametrize("name", ["teacher_model_name_or_path", "dataset_name", "output_file"])
+def test_generate_missing_option_is_one_clear_line(name, capsys):
+    arguments = generate_arguments("teacher", "rows.jsonl", "out.jsonl")
+    position = arguments.index(f"--{name}")
+    message = fails_with(capsys, arguments[:position] + arguments[position + 2 :])
+    assert f"`{name}` is not set, but `trl-kd generate` needs it." in message
 
 
 def test_generate_text_rows_are_refused(teacher_path, tmp_path):

@@ -23,7 +23,9 @@ def test_extending_block_trains(tokenizer, tmp_path):
     trainer = namespace["HalfAndHalfTrainer"](student, teacher, args, tiny_dataset(), processing_class=tokenizer)
     trainer.train()
     first = trainer.state.log_history[0]
-    mixed = [(first[f"kd/{source}/reverse_kl"] + first[f"kd/{source}/jsd"]) / 2 for source in ("off_policy", "on_policy")]
+    mixed = [
+        (first[f"kd/{source}/reverse_kl"] + first[f"kd/{source}/jsd"]) / 2 for source in ("off_policy", "on_policy")
+    ]
     assert logged(trainer, "loss")[0] == pytest.approx(sum(mixed) / 2, rel=1e-5)
     assert trainer.evaluate(tiny_dataset(4))["eval_loss"] > 0
     assert {reverse_kl, generalized_jsd} <= set(namespace.values())

@@ -442,6 +442,11 @@ def test_row_formatter_hash_depends_on_the_code():
             "The prompt of a conversation ends with nothing, but a chat template asks",
         ),
         (
+            [{"prompt": [{"role": "system", "content": "a"}], "completion": TURN[1:]}],
+            {"assistant_only_loss": True},
+            "The prompt of a conversation ends with a `system` message, but a chat template asks",
+        ),
+        (
             [{"messages": [{"role": "system", "content": "a"}, TURN[1]]}],
             {},
             "The prompt of a conversation ends with a `system` message, but a chat template asks",
@@ -564,3 +569,19 @@ def test_prepare_dataset_qwen_messages_end_with_the_end_of_turn():
     [row] = prepare([{"messages": TURN}], tokenizer, eos_token_ids=eos_token_ids)
     assert texts(row, tokenizer)[0].endswith(f"{IM_START}user\nSky?{IM_END}\n{IM_START}assistant\n")
     assert texts(row, tokenizer)[1:] == ["Blue." + IM_END] * 2
+
+
+@pytest.mark.parametrize("is_conversational", [False, True])
+def test_truncated_completion_gets_no_eos(tokenizer, is_conversational):
+    row = {"prompt": "The sky is", "completion": " blue and"}
+    if is_conversational:
+        row = {
+            "prompt": [{"role": "user", "content": "What is the sky?"}],
+            "completion": [{"role": "assistant", "content": "It is blue and"}],
+        }
+    options = {"max_length": None, "eos_token_ids": [tokenizer.eos_token_id]}
+    whole, cut = prepare_dataset(
+        Dataset.from_list([row | {"truncated": False}, row | {"truncated": True}]), tokenizer, **options
+    )
+    assert whole["input_ids"][-1] == tokenizer.eos_token_id
+    assert cut["input_ids"] == whole["input_ids"][:-1] and cut["labels"] == whole["labels"][:-1]

@@ -295,6 +295,13 @@ def test_draw_on_policy_whole_share_is_exact_at_every_step(rows, lmbda):
         assert len(drawn) == rows and sum(drawn) == round(rows * lmbda)
 
 
+@pytest.mark.parametrize(("offset", "lmbda"), [(0.0, 0.29), (1 - 2**-53, 0.07)])
+def test_draw_on_policy_whole_share_is_exact_where_floats_are_not(monkeypatch, offset, lmbda):
+    # 100 * 0.29 is below 29 and 100 * 0.07 above 7
+    monkeypatch.setattr(random.Random, "random", lambda self: offset)
+    assert sum(draw_on_policy(100, lmbda, seed=0, step=0)) == round(100 * lmbda)
+
+
 @pytest.mark.parametrize(("rows", "lmbda"), [(7, 0.5), (3, 0.25), (10, 0.33), (1, 0.4)])
 def test_draw_on_policy_broken_share_is_rounded_up_or_down(rows, lmbda):
     counts = {sum(draw_on_policy(rows, lmbda, seed=0, step=step)) for step in range(200)}

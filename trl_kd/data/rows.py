@@ -52,6 +52,9 @@ class RowFormatter:
                 tokens = self._messages(row)
             elif "prompt" in row:
                 tokens = self._prompt_completion(row)
+                if row.get("completion") and row.get("truncated"):
+                    # The writer was cut off there (`trl-kd generate`), so nobody should learn to stop there
+                    tokens = (tokens[0][:-1], tokens[1][:-1], tokens[2])
             else:
                 tokens = self._text(row[self.text_field])
             return self._fit(*tokens)

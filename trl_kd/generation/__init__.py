@@ -6,6 +6,7 @@ from trl_kd.generation.rollouts import (
     completed_row,
     distinct_n,
     draw_on_policy,
+    eos_token_ids,
     generate_completions,
     rollout_seed,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "completed_row",
     "distinct_n",
     "draw_on_policy",
+    "eos_token_ids",
     "generate_completions",
     "rollout_seed",
 ]

@@ -67,6 +67,20 @@ class Sampling:
         return GenerationConfig(**(settings | self.generation_kwargs))
 
 
+def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """All ids that end a completion: the tokenizer's EOS, and those of a model's (or its path's) generation config."""
+    if isinstance(model, str):
+        try:
+            config = GenerationConfig.from_pretrained(model)
+        except OSError:  # a model without one
+            config = GenerationConfig()
+    else:
+        config = model.generation_config
+    ids = config.eos_token_id
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return sorted({tokenizer.eos_token_id, *listed})
+
+
 def rollout_seed(*numbers: int) -> int:
     """One 63-bit seed from several numbers, such as (seed, step, rank, micro-batch)."""
     digest = hashlib.sha256(repr(tuple(int(number) for number in numbers)).encode()).digest()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
     from trl import TrlParser
 
     from trl_kd.teachers import LocalTeacher
@@ -306,6 +306,7 @@ def load_teacher(args: GenerateArguments) -> "LocalTeacher":
 
 def main(args: GenerateArguments) -> None:
     """Write one file with a completion for each prompt."""
+    from trl_kd.generation import eos_token_ids
     from trl_kd.scripts.arguments import load_splits, select_split
 
     splits = load_splits(args.dataset_name, config=args.dataset_config)
@@ -317,19 +318,12 @@ def main(args: GenerateArguments) -> None:
             f"No tokenizer lies beside the teacher `{args.teacher_model_name_or_path}`, without which it cannot read "
             "prompts. Save the tokenizer in the same folder."
         )
-    eos_token_ids = eos_token_ids_of(teacher.model, tokenizer)
-    prompts = prepare_prompts(dataset, tokenizer, eos_token_ids)
-    rows = write_blocks(args, teacher, tokenizer, eos_token_ids, prompts["input_ids"][:])
+    eos_ids = eos_token_ids(teacher.model, tokenizer)
+    prompts = prepare_prompts(dataset, tokenizer, eos_ids)
+    rows = write_blocks(args, teacher, tokenizer, eos_ids, prompts["input_ids"][:])
     write_output(args, prompts, rows)
     truncated = sum(row["truncated"] for row in rows)
     print(f"{len(rows)} completions written to {args.output_file}, {truncated} of them cut at the limit.")
-
-
-def eos_token_ids_of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """All ids that end a completion: those of the model's generation config and the tokenizer's."""
-    ids = model.generation_config.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return sorted({*ids, tokenizer.eos_token_id})
 
 
 def make_parser(prog: str | None = None) -> "TrlParser":

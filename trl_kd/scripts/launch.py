@@ -17,8 +17,11 @@ LAUNCH_ARGUMENTS = {
     "gpu_ids": "GPUs of this machine to use, separated by commas",
 }
 LAUNCH_HELP = (
-    "Several processes: with one of the following on the command line (not in the YAML file), the command goes "
-    "through `accelerate launch`.\n" + "\n".join(f"  --{name}: {text}" for name, text in LAUNCH_ARGUMENTS.items())
+    "Several processes: with one of the following on the command line (not in the YAML file), the command goes\n"
+    "through `accelerate launch`.\n"
+    + "\n".join(f"  --{name}: {text}" for name, text in LAUNCH_ARGUMENTS.items())
+    + "\nWithout a GPU, `accelerate launch` starts one process whatever is asked; `torchrun --nproc_per_node 2 -m "
+    "trl_kd.scripts.amm` starts two."
 )
 
 

@@ -11,7 +11,7 @@ from trl.models import unwrap_model_for_generation
 
 from trl_kd import _compat
 from trl_kd.data import KDCollator, has_completions
-from trl_kd.generation import RolloutWriter, Sampling, distinct_n, generate_completions
+from trl_kd.generation import RolloutWriter, Sampling, distinct_n, eos_token_ids, generate_completions
 from trl_kd.losses import LinearLoss
 from trl_kd.modules.lm_head import LMHead, check_head, last_hidden_states
 from trl_kd.teachers import shared_vocab_size
@@ -62,7 +62,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         # The teacher first: it is what fails most often
         self.teacher = setup.own_teacher(teacher_model, args)
         tokenizer = setup.own_tokenizer(processing_class, model, args)
-        self.eos_token_ids = setup.eos_token_ids(model, tokenizer)
+        self.eos_token_ids = eos_token_ids(model, tokenizer)
         self.prepare_data = setup.dataset_preparer(args, tokenizer, self.eos_token_ids, formatting_func)
         collator = data_collator or KDCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
         train_dataset, eval_dataset = (

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TrainingArguments
+from accelerate import PartialState
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
 from trl_kd import _compat
@@ -119,20 +120,6 @@ def own_tokenizer(processing_class: Any | None, model: Any, args: KDConfig) -> P
     return processing_class
 
 
-def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All ids that end a completion: the tokenizer's EOS and those of the model's generation config."""
-    if isinstance(model, str):
-        try:
-            config = GenerationConfig.from_pretrained(model)
-        except OSError:
-            config = GenerationConfig()
-    else:
-        config = model.generation_config
-    ids = config.eos_token_id
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return sorted({tokenizer.eos_token_id, *listed})
-
-
 def dataset_preparer(
     args: KDConfig, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], formatting_func: Callable | None
 ) -> Callable[[Any, str], Any]:
@@ -158,12 +145,19 @@ def dataset_preparer(
             return None
         if isinstance(dataset, dict):
             return {key: prepare(value, key) for key, value in dataset.items()}
+        with PartialState().main_process_first():  # the others read its cache
+            return prepare_one(dataset, name)
+
+    def prepare_one(dataset: Any, name: str) -> Any:
         if formatting_func is not None:
             dataset = dataset.map(lambda row: {args.dataset_text_field: formatting_func(row)})
+        packing = args.packing if name == "train" or args.eval_packing is None else args.eval_packing
+        # These strategies split what is too long, so nothing is cut before
+        splits = packing and args.packing_strategy in ("bfd_split", "wrapped")
         dataset = prepare_dataset(
             dataset,
             tokenizer,
-            max_length=args.max_length,
+            max_length=None if splits else args.max_length,
             eos_token_ids=eos_ids,
             text_field=args.dataset_text_field,
             assistant_only_loss=args.assistant_only_loss,
@@ -172,7 +166,6 @@ def dataset_preparer(
         )
         if name == "train":
             _check_rollouts_possible(dataset, args)
-        packing = args.packing if name == "train" or args.eval_packing is None else args.eval_packing
         if packing:
             if not has_completions(dataset):
                 raise ValueError(
