@@ -189,3 +189,29 @@ def test_logged_distinct_2_and_length_describe_the_rollouts(tokenizer, tmp_path)
     log = trainer.state.log_history[0]
     assert log["kd/on_policy/distinct_2"] == len(set(pairs)) / len(pairs)
     assert log["kd/on_policy/completion_length"] == 6 and log["kd/on_policy/tokens"] == 12
+
+
+def test_compute_metrics_gets_the_student_s_logits(tokenizer, tmp_path):
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append((prediction.predictions, prediction.label_ids))
+        return {"rows": len(prediction.label_ids)}
+
+    student, teacher = pair(tokenizer)
+    trainer = AMMTrainer(
+        student,
+        teacher,
+        config(tmp_path, per_device_eval_batch_size=4),
+        tiny_dataset(),
+        tiny_dataset(4),
+        tokenizer,
+        compute_metrics=compute_metrics,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_rows"] == 4 and metrics["eval_loss"] > 0
+    batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(torch.from_numpy(seen[0][0]), logits)
+    assert (seen[0][1] == batch["labels"].numpy()).all()

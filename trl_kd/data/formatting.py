@@ -72,8 +72,8 @@ def prepare_dataset(
 
     The ids of the prompt are those of the prompt alone, which is what a rollout starts from. Every completion and text
     ends with an EOS, which is trained; nothing is decided by comparing ids with the pad token, so that this may be the
-    EOS too. A row whose column `truncated` is true gets no EOS: its writer was cut off. The columns `tools` and `chat_template_kwargs` are given to the chat template, as
-    in TRL.
+    EOS too. A row whose column `truncated` is true gets no EOS: its writer was cut off. The columns `tools` and
+    `chat_template_kwargs` are given to the chat template, as in TRL.
 
     Rows that can't be trained on are dropped, and completions longer than `max_length` lose their end; one warning
     each says how many. A stream can't be counted beforehand: it warns at the first row of each kind.

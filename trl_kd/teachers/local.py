@@ -36,6 +36,11 @@ class LocalTeacher:
     """
 
     def __init__(self, model: Any, init_kwargs: dict[str, Any] | None = None):
+        self._source_kwargs = {
+            key: value
+            for key, value in (init_kwargs or {}).items()
+            if key in ("revision", "token", "trust_remote_code")
+        }
         if isinstance(model, str):
             self.name = model
             self.model = _load(model, dict(init_kwargs or {}))
@@ -69,7 +74,7 @@ class LocalTeacher:
         if not self.name:
             return None
         try:
-            return AutoTokenizer.from_pretrained(self.name)
+            return AutoTokenizer.from_pretrained(self.name, **self._source_kwargs)
         except (OSError, ValueError):
             return None
 

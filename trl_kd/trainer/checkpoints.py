@@ -38,7 +38,8 @@ def resolve(resume_from_checkpoint: str | bool | None, output_dir: str) -> str |
 
     Args:
         resume_from_checkpoint (`str` or `bool`, *optional*):
-            A folder; or `True` for the newest complete checkpoint of the output folder.
+            A folder; or `True` (or `"true"`, as on a command line) for the newest complete checkpoint of the output
+            folder.
         output_dir (`str`):
             The output folder.
 
@@ -50,7 +51,7 @@ def resolve(resume_from_checkpoint: str | bool | None, output_dir: str) -> str |
     """
     if not resume_from_checkpoint:
         return None
-    if not isinstance(resume_from_checkpoint, bool):
+    if str(resume_from_checkpoint).lower() != "true":
         folder = str(resume_from_checkpoint)
         if not os.path.isdir(folder):
             raise ValueError(

@@ -200,11 +200,30 @@ class KDConfig(SFTConfig):
                 "Set it to 1 or more."
             )
         check_choice("off_policy_source", self.off_policy_source, ("auto", "dataset", "teacher"))
+        self._refuse_ignored_options()
         if self.packing and (self.lmbda > 0 or self.off_policy_source == "teacher"):
             raise ValueError(
                 f"`packing` is True with `lmbda` {self.lmbda} and `off_policy_source` '{self.off_policy_source}', but "
                 "a packed row holds several prompts and cannot be continued by a rollout. Set `packing=False`, or "
                 "train off-policy: `lmbda=0` with completions from the dataset."
+            )
+
+    def _refuse_ignored_options(self) -> None:
+        """Options of SFTConfig that belong to its own loss: refused, since nothing would come of them."""
+        for name, only, instead in (
+            ("loss_type", "nll", "The trainer's method is the loss."),
+            ("label_smoothing_factor", 0.0, "The teacher's distribution takes the place of smoothed labels."),
+            ("router_aux_loss_coef", None, "The load-balancing loss of mixtures of experts is not added."),
+            ("truncation_mode", "keep_start", "A completion that is too long loses its end."),
+        ):
+            if (value := getattr(self, name)) not in (only, 0.0 if only is None else only):
+                raise ValueError(
+                    f"`{name}` is {value!r}, but this trainer does not use it. {instead} Leave it at {only!r}."
+                )
+        if self.completion_only_loss is False:
+            raise ValueError(
+                "`completion_only_loss` is False, but a prompt is what completions are conditioned on and is not "
+                "trained. Leave it unset, or pass `text` to train every token."
             )
 
 

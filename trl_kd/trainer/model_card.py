@@ -38,6 +38,10 @@ def add_distillation_section(path: str, args: Any, name: str, objective: str, te
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "seed": args.seed,
     }
+    if settings["teacher_model_init_kwargs"]:
+        # A card is public
+        public = {key: value for key, value in args.teacher_model_init_kwargs.items() if "token" not in key}
+        settings["teacher_model_init_kwargs"] = public
     rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in settings.items() if value is not None)
     section = (
         f"### Distillation\n\n"
