@@ -1,13 +1,17 @@
 """The documentation says what is true: blocks that run, names that exist, and no public name left out."""
 
+import doctest
 import importlib
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.trainer.runs import config, logged, pair, tiny_dataset
+from trl_kd import losses
 from trl_kd.losses import generalized_jsd, reverse_kl
+from trl_kd.modules import LMHead
 
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +33,15 @@ def test_extending_block_trains(tokenizer, tmp_path):
     assert logged(trainer, "loss")[0] == pytest.approx(sum(mixed) / 2, rel=1e-5)
     assert trainer.evaluate(tiny_dataset(4))["eval_loss"] > 0
     assert {reverse_kl, generalized_jsd} <= set(namespace.values())
+
+
+@pytest.mark.parametrize("name", [name for name in losses.__all__ if name not in ("LinearLoss", "Term")])
+def test_example_of_a_loss_gives_what_it_says(name):
+    text = re.sub(r"^ *```(python)?$", "", getattr(losses, name).__doc__, flags=re.M)
+    assert ">>>" in text
+    names = {"torch": torch, "LMHead": LMHead} | {other: getattr(losses, other) for other in losses.__all__}
+    example = doctest.DocTestParser().get_doctest(text, names, name, None, None)
+    assert doctest.DocTestRunner(verbose=False).run(example).failed == 0
 
 
 @pytest.mark.parametrize("package", ["trl_kd", "trl_kd.losses", "trl_kd.modules", "trl_kd.evaluation"])

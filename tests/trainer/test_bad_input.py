@@ -190,6 +190,7 @@ def test_adapter_on_lm_head_raises(tokenizer, tmp_path):
         ({"sft_loss_weight": -1.0}, "`sft_loss_weight` is -1.0"),
         ({"kl_loss_weight": -1.0}, "`kl_loss_weight` is -1.0"),
         ({"packing": True}, "`packing` is True with `lmbda` 0.5.*cannot be continued by a rollout"),
+        ({"loss_chunk_size": 0}, "`loss_chunk_size` is 0, but it is a number of tokens"),
         ({"loss_type": "dft"}, "`loss_type` is 'dft', but this trainer does not use it"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1, but this trainer does not use it"),
         ({"router_aux_loss_coef": 0.1}, "`router_aux_loss_coef` is 0.1, but"),

@@ -52,7 +52,7 @@ class LinearLoss:
 
     Args:
         loss (`torch.Tensor` of shape `()`):
-            Sum over terms and rows of weight times value, float32, with gradient.
+            Sum over terms and rows of weight times value, with gradient; in float32, or in float64 for float64 heads.
         values (`dict[str, torch.Tensor]`):
             Per-row values of each term, of shape `(N,)`, detached.
     """
@@ -90,9 +90,12 @@ def linear_loss(
     Examples:
 
     ```python
-    >>> pairs = {"student": (student_hidden, student_head), "teacher": (teacher_hidden, teacher_head)}
-    >>> result = linear_loss(pairs, {"kl": Term(forward_kl, weights=torch.full((N,), 1 / N))})
-    >>> result.loss, result.values["kl"]
+    >>> student = torch.eye(2), LMHead(torch.zeros(3, 2))  # two rows, three tokens
+    >>> teacher = torch.ones(2, 4), LMHead(torch.zeros(3, 4))
+    >>> terms = {"jsd": Term(generalized_jsd, weights=torch.full((2,), 0.5)), "entropy": Term(entropy, ("student",))}
+    >>> result = linear_loss({"student": student, "teacher": teacher}, terms)
+    >>> result.loss, result.values["entropy"]  # equal, and ln 3
+    (tensor(0.), tensor([1.0986, 1.0986]))
     ```
     """
     rows = {name: hidden.shape[0] for name, (hidden, _) in pairs.items()}
@@ -108,6 +111,8 @@ def linear_loss(
     size = chunk_size or _default_chunk_size(pairs)
     training = torch.is_grad_enabled() and any(term.weights is not None for term in terms.values())
     heads = {name: head for name, (_, head) in pairs.items()}
+    # Asked once: each answer waits for the device
+    all_count = {name: t.weights is None or bool((t.weights != 0).all()) for name, t in terms.items()}
 
     losses, values = [], {name: [] for name in terms}
     # An empty batch still makes one (empty) chunk: its zero loss is connected to every parameter, as DDP requires
@@ -115,7 +120,7 @@ def linear_loss(
         chunk = slice(start, start + size)
         hidden = {name: states[chunk] for name, (states, _) in pairs.items()}
         chunk_terms = {name: term.rows(chunk) for name, term in terms.items()}
-        arguments = (hidden, heads, chunk_terms, None if labels is None else labels[chunk])
+        arguments = (hidden, heads, chunk_terms, all_count, None if labels is None else labels[chunk])
         if training:
             loss, chunk_values = checkpoint(_chunk_loss, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -133,7 +138,11 @@ def _default_chunk_size(pairs: dict[str, tuple[torch.Tensor, Any]]) -> int:
 
 
 def _chunk_loss(
-    hidden: dict[str, torch.Tensor], heads: dict[str, Any], terms: dict[str, Term], labels: torch.Tensor | None
+    hidden: dict[str, torch.Tensor],
+    heads: dict[str, Any],
+    terms: dict[str, Term],
+    all_count: dict[str, bool],
+    labels: torch.Tensor | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted sum of the terms on one chunk of rows, and the detached values."""
     device = next(iter(hidden.values())).device
@@ -145,21 +154,21 @@ def _chunk_loss(
     values = {}
     with torch.autocast(device.type, enabled=False):
         for name, term in terms.items():
-            value = _term_values(term, [inputs[key] for key in term.inputs])
+            value = _term_values(term, all_count[name], [inputs[key] for key in term.inputs])
             if term.weights is not None:
                 loss = loss + weighted_sum(value, term.weights)
             values[name] = value.detach()
     return loss, values
 
 
-def _term_values(term: Term, arguments: list[torch.Tensor]) -> torch.Tensor:
+def _term_values(term: Term, all_count: bool, arguments: list[torch.Tensor]) -> torch.Tensor:
     """Per-row values, with gradient for the rows that carry weight."""
-    counted = None if term.weights is None else term.weights != 0
-    if counted is not None and counted.all():
+    if term.weights is not None and all_count:
         return term.function(*arguments)
     with torch.no_grad():
         values = term.function(*arguments)
-    if counted is None:
+    if term.weights is None:
         return values
     # Selected before the function: zero times the gradient of an infinite value would be NaN
+    counted = term.weights != 0
     return values.masked_scatter(counted, term.function(*(argument[counted] for argument in arguments)))

@@ -17,6 +17,13 @@ def weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `()`: zero, with a zero gradient, when no token carries weight.
+
+    Examples:
+
+    ```python
+    >>> weighted_sum(torch.tensor([1.0, 3.0, torch.inf]), torch.tensor([0.5, 0.5, 0.0]))
+    tensor(2.)
+    ```
     """
     counted = weights != 0
     return (values[counted] * weights[counted].detach().to(values.dtype)).sum()
@@ -34,6 +41,13 @@ def token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `()`: zero, with a zero gradient, when no token is counted.
+
+    Examples:
+
+    ```python
+    >>> token_mean(torch.tensor([1.0, 3.0, torch.inf]), torch.tensor([True, True, False]))
+    tensor(2.)
+    ```
     """
     selected = values[mask.bool()]
     return selected.sum() / max(selected.numel(), 1)

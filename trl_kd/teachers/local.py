@@ -67,7 +67,7 @@ class LocalTeacher:
     @property
     def vocab_size(self) -> int:
         """Number of rows of the teacher's head, padding included."""
-        return self.model.get_output_embeddings().weight.shape[0]
+        return self.model.get_output_embeddings().out_features
 
     def tokenizer(self) -> Any | None:
         """The tokenizer saved beside the model, or `None` where there is none."""

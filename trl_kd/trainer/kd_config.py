@@ -199,6 +199,11 @@ class KDConfig(SFTConfig):
                 f"`max_completion_length` is {self.max_completion_length}, but a completion has at least one token. "
                 "Set it to 1 or more."
             )
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ValueError(
+                f"`loss_chunk_size` is {self.loss_chunk_size}, but it is a number of tokens. Set it to 1 or more, or "
+                "to None for the default."
+            )
         check_choice("off_policy_source", self.off_policy_source, ("auto", "dataset", "teacher"))
         self._refuse_ignored_options()
         if self.packing and (self.lmbda > 0 or self.off_policy_source == "teacher"):

@@ -109,7 +109,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         if not self.is_deepspeed_enabled:  # ZeRO-3 has sharded the student already
             check_head(self.model, "student")
         self.vocab_size = shared_vocab_size(
-            self.model.get_output_embeddings().weight.shape[0],
+            self.model.get_output_embeddings().out_features,
             self.teacher.vocab_size,
             self.processing_class,
             self.teacher.tokenizer(),
