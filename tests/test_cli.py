@@ -13,6 +13,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.tiny import make_model
 from trl_kd import AMMConfig, cli
 from trl_kd.scripts import demo, generate, launch
 
@@ -147,15 +148,22 @@ def test_amm_trains_evaluates_and_saves_a_clean_student(
     assert any("eval_loss" in entry for entry in history)
 
 
-def test_amm_resumes_from_a_checkpoint(student_path, teacher_path, prompt_completion_dataset, tmp_path):
+def test_amm_resumes_from_a_checkpoint(student_path, teacher_path, prompt_completion_dataset, tokenizer, tmp_path):
     rows = write_rows(tmp_path / "rows", prompt_completion_dataset)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     steps = ["--max_steps", "4", "--lr_scheduler_type", "constant", "--save_steps", "2"]
     cli.main([*amm_arguments(student_path, teacher_path, rows, whole), *steps])
     cli.main([*amm_arguments(student_path, teacher_path, rows, halves), *steps, "--max_steps", "2"])
     assert changed(whole, halves)
+
+    # Starts from other weights, so that a run from scratch cannot arrive at the same ones
+    other = str(tmp_path / "other")
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    make_model("llama", len(tokenizer), seed=9, **ids).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    assert changed(student_path, Path(other))
     resumed = ["--resume_from_checkpoint", str(halves / "checkpoint-2")]
-    cli.main([*amm_arguments(student_path, teacher_path, rows, halves), *steps, *resumed])
+    cli.main([*amm_arguments(other, teacher_path, rows, halves), *steps, *resumed])
     assert not changed(whole, halves)
 
 
@@ -310,6 +318,15 @@ def test_generate_several_completions_are_rows_of_their_own(teacher_path, prompt
     assert any(rows[i]["completion"] != rows[i + 1]["completion"] for i in range(0, 14, 2))
 
 
+def test_generate_same_prompts_in_two_blocks_are_answered_differently(teacher_path, tmp_path):
+    """Each block has a seed of its own, so a prompt that occurs twice is not answered twice with the same text."""
+    prompts = [{"prompt": f"What is the colour of the {thing}?"} for thing in ("sky", "grass", "fish")]
+    Dataset.from_list(prompts * 2).to_json(tmp_path / "prompts.jsonl")
+    cli.main(generate_arguments(teacher_path, tmp_path / "prompts.jsonl", tmp_path / "out.jsonl", batch_size=3))
+    completions = [row["completion"] for row in read(tmp_path / "out.jsonl")]
+    assert completions[:3] != completions[3:]
+
+
 def interrupted_run(monkeypatch, arguments: list[str], blocks: int) -> None:
     """Run until so many blocks are written, then stop as Ctrl+C does."""
     from trl_kd.teachers import LocalTeacher
@@ -342,6 +359,8 @@ def test_generate_resumed_run_equals_the_uninterrupted_one(
     with partial.open("ab") as file:
         file.write(leftover)
     assert len(generate.read_finished_blocks(partial, json.loads(partial.read_bytes().splitlines()[0]))) == 2
+    # The half block is gone, or the next one would be written behind it on the same line
+    assert [json.loads(line) is not None for line in partial.read_text().splitlines()] == [True] * 3
 
     blocks = []
     original = generate.completion_text

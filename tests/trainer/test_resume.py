@@ -62,19 +62,22 @@ def test_resume_after_half_equals_uninterrupted(tokenizer, uninterrupted):
     assert_same_run(resumed, whole, state)
 
 
+@pytest.mark.parametrize("killed_at", ["auxiliary", "marker"])
 def test_resume_after_kill_in_the_middle_of_a_save_equals_uninterrupted(
-    tokenizer, uninterrupted, tmp_path, monkeypatch
+    tokenizer, uninterrupted, tmp_path, monkeypatch, killed_at
 ):
     lora, whole, state = uninterrupted
+    # Half of the files are there, or all of them but the marker
+    owner, name = {"auxiliary": (auxiliary.AuxiliaryModules, "save"), "marker": (checkpoints, "mark")}[killed_at]
+    save = getattr(owner, name)
 
-    def killed(self, folder):
-        if folder.endswith("checkpoint-6"):
+    def killed(*args):
+        if any(str(arg).endswith("checkpoint-6") for arg in args):
             raise KeyboardInterrupt
-        return save(self, folder)
+        return save(*args)
 
-    save = auxiliary.AuxiliaryModules.save
     with monkeypatch.context() as patch:
-        patch.setattr(auxiliary.AuxiliaryModules, "save", killed)
+        patch.setattr(owner, name, killed)
         with pytest.raises(KeyboardInterrupt):
             make_trainer(tokenizer, tmp_path, lora, save_total_limit=1).train()
     # The old checkpoint is still there, though only one is to be kept: the new one never became complete
