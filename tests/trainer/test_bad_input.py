@@ -48,6 +48,20 @@ def test_padded_teacher_head_is_cut_and_loss_unchanged(tokenizer, tmp_path):
     assert max(token for ids in written for token in ids) < len(tokenizer)
 
 
+def test_padded_student_head_is_cut_and_loss_unchanged(tokenizer, tmp_path, teacher_path):
+    losses = []
+    for padding in (0, 24):
+        student, _ = pair(tokenizer)
+        if padding:
+            student.resize_token_embeddings(len(tokenizer) + padding)
+            with torch.no_grad():
+                student.get_output_embeddings().weight[len(tokenizer) :] = 50.0
+        trainer = build(tokenizer, tmp_path, models=(student, teacher_path), lmbda=0.0, max_steps=1)
+        trainer.train()
+        losses.append(logged(trainer, "loss") + logged(trainer, "grad_norm"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_padded_teacher_without_a_tokenizer_raises(tokenizer, tmp_path):
     student, teacher = pair(tokenizer)
     teacher.resize_token_embeddings(len(tokenizer) + 24)

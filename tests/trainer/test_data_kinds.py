@@ -67,9 +67,16 @@ def test_teacher_as_source_replaces_dataset_completions(tokenizer, tmp_path):
 def test_stream_trains_like_the_dataset_it_streams(tokenizer, tmp_path):
     rows = list(tiny_dataset())
     whole = build(tokenizer, tmp_path, rows)
-    stream = build(tokenizer, tmp_path, IterableDataset.from_generator(lambda: iter(rows)))
+    student, teacher = pair(tokenizer)
+    args = config(tmp_path)
+    stream = AMMTrainer(
+        student, teacher, args, IterableDataset.from_generator(lambda: iter(rows)), processing_class=tokenizer
+    )
     for trainer in (whole, stream):
         trainer.train()
+    # SFTTrainer changes this for a stream; the caller's own stays as it was
+    assert stream.args.accelerator_config.dispatch_batches is False
+    assert args.accelerator_config.dispatch_batches is None
     assert logged(stream, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-6)
 
 
