@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainer.runs import config, logged, pair, tiny_dataset
 from trl_kd import AMMTrainer
@@ -80,3 +81,30 @@ def test_logged_values_describe_both_sources(tokenizer, tmp_path):
     assert log["kd/off_policy/teacher_entropy"] == pytest.approx(torch.stack(entropies[1]).mean().item(), rel=1e-5)
     assert log["kd/off_policy/moment"] == pytest.approx(2 * log["kd/off_policy/total_variation"], rel=1e-5)
     assert not any(name.startswith("kd/on_policy/") and name != "kd/on_policy/tokens" for name in log)
+
+
+class LargestLogits(TorchDispatchMode):
+    """Most rows of any tensor whose last dimension is the vocabulary, over forward and backward."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.rows = vocab_size, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size:
+                self.rows = max(self.rows, tensor.numel() // self.vocab_size)
+        return output
+
+
+@pytest.mark.parametrize("chunk_size", [4, 1000])
+def test_training_holds_no_more_logits_than_a_chunk(tokenizer, tmp_path, chunk_size):
+    student, teacher = pair(tokenizer)
+    options = {"sft_loss_weight": 0.1, "kl_loss_weight": 0.1, "loss_chunk_size": chunk_size, "lmbda": 0.0}
+    trainer = AMMTrainer(student, teacher, config(tmp_path, **options), tiny_dataset(), processing_class=tokenizer)
+    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    with LargestLogits(len(tokenizer)) as largest:
+        trainer.compute_loss(trainer.model.train(), batches[0]).backward()
+    # One row of logits for each of the 4 texts is what `logits_to_keep=1` makes
+    assert largest.rows == max(4, min(chunk_size, int(count)))
