@@ -20,6 +20,8 @@ trainer = AMMTrainer(
     teacher_model="Qwen/Qwen2.5-1.5B-Instruct",
     args=AMMConfig(
         output_dir="Qwen2.5-0.5B-AMM",
+        # Frozen weights in bfloat16; the adapter is float32
+        model_init_kwargs={"dtype": "bfloat16"},
         learning_rate=1e-4,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=4,

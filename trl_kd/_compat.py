@@ -44,6 +44,17 @@ def is_placed(model: nn.Module) -> bool:
     return "hf_device_map" in vars(model) or "quantization_config" in model.config.to_dict()
 
 
+def check_one_device(model: nn.Module) -> None:
+    """Refuse a student that a device map has split: its head and its hidden states may lie apart."""
+    devices = {str(device) for device in vars(model).get("hf_device_map", {}).values()}
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"The student is split over the devices {', '.join(sorted(devices))} by its device map, but the loss "
+            "needs its head and its hidden states on one. Make one GPU visible (`CUDA_VISIBLE_DEVICES=0`), or use "
+            "several through `accelerate launch`."
+        )
+
+
 def keep_4bit_layout(model: nn.Module) -> None:
     """
     Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
@@ -142,5 +153,10 @@ def hooked_sft_trainer() -> type:
         def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
             folder = f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}"
             self.checkpoint(folder, lambda: super(HookedSFTTrainer, self)._save_checkpoint(model, trial))
+            if self.args.push_to_hub:
+                super()._push_from_checkpoint(folder)
+
+        def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+            """Not in the middle of a save, where the Trainer calls it: what is pushed is complete."""
 
     return HookedSFTTrainer

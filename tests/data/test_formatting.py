@@ -426,10 +426,9 @@ def test_row_formatter_hash_depends_on_the_code():
         (
             [{"messages": TURN[:1]}],
             {},
-            "A row of `messages` ends with a `user` message, but the completion is what the assistant says last. Cut "
-            "the conversation after an assistant message, or pass it as `prompt`.",
+            "the last of `messages` is not the assistant's, so there is no completion (1 rows)",
         ),
-        ([{"messages": []}], {}, "A row of `messages` ends with nothing, but the completion is"),
+        ([{"messages": []}], {}, "the last of `messages` is not the assistant's"),
         (
             [{"messages": TURN[1:]}],
             {},

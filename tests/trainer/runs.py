@@ -55,6 +55,18 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def state_of(trainer: Any) -> tuple[dict[str, torch.Tensor], ...]:
+    """Weights of student and auxiliary modules, and the moments of both optimizers."""
+    optimizers = (trainer.optimizer.state_dict(), trainer.auxiliary.optimizer.state_dict())
+    moments = {
+        f"{which}/{index}/{name}": torch.as_tensor(value)
+        for which, state in enumerate(optimizers)
+        for index, entry in state["state"].items()
+        for name, value in entry.items()
+    }
+    return weights(trainer.model), weights(trainer.auxiliary.modules), moments
+
+
 class ProjectingTrainer(AMMTrainer):
     """AMM with a jointly trained map from student to teacher states: something for the auxiliary optimizer to do."""
 

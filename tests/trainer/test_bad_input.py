@@ -24,7 +24,7 @@ def test_different_vocabularies_name_dskd(tokenizer, tmp_path, student_path):
     teacher = make_model("llama", len(other), hidden_size=48)
     teacher.save_pretrained(tmp_path / "teacher")
     other.save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ValueError, match="vocabularies differ.*tokens have the same id|vocabularies differ") as error:
+    with pytest.raises(ValueError, match="vocabularies differ: the student's tokenizer has") as error:
         AMMTrainer(student_path, str(tmp_path / "teacher"), config(tmp_path), tiny_dataset())
     assert "DSKDTrainer" in str(error.value)
 
@@ -46,6 +46,48 @@ def test_padded_teacher_head_is_cut_and_loss_unchanged(tokenizer, tmp_path):
     # Padding rows are likelier than any token here; a teacher that wrote them would write unknown ids
     written = cut.write_with_teacher([[5, 6]] * 4, seed=0)
     assert max(token for ids in written for token in ids) < len(tokenizer)
+
+
+def test_padded_student_head_never_writes_padding(tokenizer, tmp_path, teacher_path):
+    student, _ = pair(tokenizer)
+    student.resize_token_embeddings(len(tokenizer) + 64)
+    with torch.no_grad():
+        student.get_output_embeddings().weight[len(tokenizer) :] *= 50.0
+    trainer = build(tokenizer, tmp_path, models=(student, teacher_path), lmbda=1.0)
+    written = trainer.write_with_student([[5, 6, 7]] * 8, seed=0)
+    assert max(token for ids in written for token in ids) < len(tokenizer)
+    trainer.train()  # the teacher embeds what was written
+
+
+def test_student_as_its_own_teacher_raises(tokenizer, tmp_path):
+    student, _ = pair(tokenizer)
+    with pytest.raises(ValueError, match="Student and teacher share modules.*copy.deepcopy"):
+        build(tokenizer, tmp_path, models=(student, student))
+
+
+def test_offloaded_teacher_raises(tokenizer, tmp_path):
+    from accelerate import cpu_offload
+
+    student, teacher = pair(tokenizer)
+    cpu_offload(teacher)
+    with pytest.raises(ValueError, match="partly offloaded, which is not supported. Load it in 4 bit"):
+        build(tokenizer, tmp_path, models=(student, teacher))
+
+
+def test_split_student_raises(tokenizer, tmp_path):
+    student, teacher = pair(tokenizer)
+    student.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(NotImplementedError, match="split over the devices 0, 1 by its device map"):
+        build(tokenizer, tmp_path, models=(student, teacher))
+
+
+def test_added_pad_token_is_named_as_the_cause(tokenizer, tmp_path, teacher_path):
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"pad_token": "[PAD]"})
+    student, _ = pair(tokenizer)
+    student.resize_token_embeddings(len(other))
+    with pytest.raises(ValueError, match=r"Only the student has '\[PAD\]'.*set `pad_token` to one that both have"):
+        build(other, tmp_path, models=(student, teacher_path))
 
 
 def test_padded_student_head_is_cut_and_loss_unchanged(tokenizer, tmp_path, teacher_path):
@@ -205,6 +247,7 @@ def test_adapter_on_lm_head_raises(tokenizer, tmp_path):
         ({"kl_loss_weight": -1.0}, "`kl_loss_weight` is -1.0"),
         ({"packing": True}, "`packing` is True with `lmbda` 0.5.*cannot be continued by a rollout"),
         ({"loss_chunk_size": 0}, "`loss_chunk_size` is 0, but it is a number of tokens"),
+        ({"padding_free": True}, "`padding_free` is True, but this trainer does not use it. Use `packing`"),
         ({"loss_type": "dft"}, "`loss_type` is 'dft', but this trainer does not use it"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1, but this trainer does not use it"),
         ({"router_aux_loss_coef": 0.1}, "`router_aux_loss_coef` is 0.1, but"),

@@ -1,5 +1,7 @@
 """Every kind of data that the trainer takes, rollouts on each, and evaluation."""
 
+import copy
+
 import pandas as pd
 import pytest
 import torch
@@ -180,7 +182,7 @@ def test_completions_are_logged_as_parquet_and_table(tokenizer, tmp_path, capsys
         generation_kwargs={"min_new_tokens": 6},
     )
     trainer.train()
-    table = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+    table = pd.read_parquet(tmp_path / "_completions" / "completions_00002.parquet")
     assert list(table.columns) == ["step", "prompt", "completion"]
     assert len(table) == 2 and (table["step"] == 2).all()
     assert table["prompt"].str.startswith("What is the").all()
@@ -222,3 +224,59 @@ def test_compute_metrics_gets_the_student_s_logits(tokenizer, tmp_path):
         logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(torch.from_numpy(seen[0][0]), logits)
     assert (seen[0][1] == batch["labels"].numpy()).all()
+
+
+def test_teacher_ends_its_completions_its_own_way(tokenizer, tmp_path):
+    """A base student and an instruct teacher over one tokenizer end texts with different tokens."""
+    student, teacher = pair(tokenizer)
+    student.generation_config.eos_token_id = tokenizer.pad_token_id
+    teacher.generation_config.eos_token_id = [7, 8]
+    other = copy.deepcopy(tokenizer)
+    trainer = AMMTrainer(student, teacher, config(tmp_path), tiny_dataset(), processing_class=other)
+    assert trainer.eos_token_ids == sorted({tokenizer.eos_token_id, tokenizer.pad_token_id, 7, 8})
+
+
+def test_packed_evaluation_is_the_same_however_it_is_asked_for(tokenizer, tmp_path):
+    held_out = {"train": tiny_dataset(6), "other": tiny_dataset(4)}
+    options = {"lmbda": 0.0, "packing": True, "max_length": 128}
+    trainer = build(tokenizer, tmp_path, tiny_dataset(), held_out, **options)
+    first = trainer.evaluate()["eval_train_loss"]
+    flat = build(tokenizer, tmp_path, tiny_dataset(), lmbda=0.0).evaluate(tiny_dataset(6))["eval_loss"]
+    assert trainer.evaluate({"train": tiny_dataset(6)})["eval_train_loss"] == first
+    assert trainer.evaluate(trainer.eval_dataset["train"])["eval_loss"] == first
+    assert first == pytest.approx(flat, rel=1e-5)
+
+
+def test_predict_takes_raw_rows(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, tiny_dataset())
+    expected = trainer.evaluate(tiny_dataset(4))["eval_loss"]
+    metrics = trainer.predict(tiny_dataset(4)).metrics
+    assert metrics["test_kd/off_policy/total_variation"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_log_of_completions_without_any_writes_nothing(tokenizer, tmp_path):
+    build(tokenizer, tmp_path, tiny_dataset(), lmbda=0.0, off_policy_source="teacher", log_completions=True).train()
+    assert not (tmp_path / "_completions").exists()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bf16_multiplies_in_bfloat16_and_sums_in_float32(tokenizer, tmp_path, bf16):
+    seen = {}
+
+    class Watching(AMMTrainer):
+        def token_loss(self, tokens):
+            for name, (hidden, head) in tokens.pairs.items():
+                seen[name] = head(hidden).dtype
+            result = super().token_loss(tokens)
+            seen["loss"] = result.loss.dtype
+            return result
+
+    student, teacher = pair(tokenizer)
+    args = config(tmp_path, bf16=bf16, lmbda=0.0)
+    trainer = Watching(student, teacher, args, tiny_dataset(), processing_class=tokenizer)
+    attention = trainer.teacher.model.model.layers[0].self_attn.q_proj
+    attention.register_forward_hook(lambda module, inputs, output: seen.update(inside_teacher=output.dtype))
+    trainer.train()
+    product = torch.bfloat16 if bf16 else torch.float32
+    assert seen == {"student": product, "teacher": product, "inside_teacher": product, "loss": torch.float32}

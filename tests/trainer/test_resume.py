@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.trainer.runs import ProjectingTrainer, config, logged, pair, same, tiny_dataset, weights
+from tests.trainer.runs import ProjectingTrainer, config, logged, pair, same, state_of, tiny_dataset, weights
 from trl_kd.trainer import auxiliary, checkpoints
 
 
@@ -27,17 +27,6 @@ def make_trainer(tokenizer, folder, lora, eval_dataset=None, **overrides):
     )
     peft_config = LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear") if lora else None
     return ProjectingTrainer(student, teacher, args, tiny_dataset(), eval_dataset, tokenizer, peft_config=peft_config)
-
-
-def state_of(trainer):
-    optimizers = (trainer.optimizer.state_dict(), trainer.auxiliary.optimizer.state_dict())
-    moments = {
-        f"{which}/{index}/{name}": torch.as_tensor(value)
-        for which, state in enumerate(optimizers)
-        for index, entry in state["state"].items()
-        for name, value in entry.items()
-    }
-    return weights(trainer.model), weights(trainer.auxiliary.modules), moments
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])

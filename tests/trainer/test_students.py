@@ -66,7 +66,6 @@ def test_lora_student_only_adapter_changes_and_reloads(tokenizer, tmp_path, modu
     trainer.model.eval()
     torch.testing.assert_close(loaded(ids).logits, trainer.model(ids).logits)
     assert generates(loaded, tokenizer)
-    assert not torch.equal(base.get_output_embeddings().weight, torch.zeros(()))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from trl import apply_chat_template
 
 NO_ROOM = "the prompt leaves no room for a completion within `max_length`"
 EMPTY_COMPLETION = "the completion or text is empty"
+NO_ANSWER = "the last of `messages` is not the assistant's, so there is no completion"
 EMPTY_PROMPT = "the prompt is empty and the tokenizer has no BOS token to start from"
 NOT_TRAINED = "no token is trained"
 
@@ -100,11 +101,7 @@ class RowFormatter:
         # The last turn may be several messages in a row.
         turn = list(takewhile(lambda message: message["role"] == "assistant", reversed(messages)))[::-1]
         if not turn:
-            last = f"a `{messages[-1]['role']}` message" if messages else "nothing"
-            raise ValueError(
-                f"A row of `messages` ends with {last}, but the completion is what the assistant says last. Cut the "
-                "conversation after an assistant message, or pass it as `prompt`."
-            )
+            raise _RowDroppedError(NO_ANSWER)
         if _is_empty(turn):
             raise _RowDroppedError(EMPTY_COMPLETION)
         prompt = messages[: len(messages) - len(turn)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from trl_kd._compat import swapped_generation_config
 from trl_kd.data.collator import KDCollator, rows_of
@@ -72,8 +72,8 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     if isinstance(model, str):
         try:
             config = GenerationConfig.from_pretrained(model)
-        except OSError:  # a model without one
-            config = GenerationConfig()
+        except OSError:  # a model without one generates as its config says
+            config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
     else:
         config = model.generation_config
     ids = config.eos_token_id
@@ -90,8 +90,10 @@ def rollout_seed(*numbers: int) -> int:
 @contextmanager
 def _forked_rng(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the generators that sampling uses; give them back as they were."""
-    on_cpu = device.type == "cpu"
-    with torch.random.fork_rng(devices=[] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+    # `manual_seed` seeds every device of the kind, so all of them are kept
+    kind = "cuda" if device.type == "cpu" else device.type
+    devices = range(torch.get_device_module(kind).device_count())
+    with torch.random.fork_rng(devices=devices, device_type=kind):
         torch.manual_seed(seed)
         yield
 
@@ -104,6 +106,7 @@ def generate_completions(
     pad_token_id: int,
     eos_token_ids: list[int],
     seed: int,
+    vocab_size: int | None = None,
 ) -> list[list[int]]:
     r"""
     Sample one completion for each prompt, in one batch.
@@ -123,6 +126,8 @@ def generate_completions(
             Ids that end a completion.
         seed (`int`):
             Seed of this batch's draws.
+        vocab_size (`int`, *optional*):
+            Number of tokens that may be drawn: rows of a padded head beyond it are never written.
 
     Returns:
         `list[list[int]]`: completion ids, up to and with the first EOS; without EOS where the limit cut them off.
@@ -134,6 +139,8 @@ def generate_completions(
     padded = [[pad_token_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     masks = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     config = sampling.to_generation_config(pad_token_id, eos_token_ids)
+    if vocab_size is not None and vocab_size < (num_rows := model.get_output_embeddings().out_features):
+        config.suppress_tokens = [*(config.suppress_tokens or []), *range(vocab_size, num_rows)]
     was_training = model.training
     model.eval()
     try:

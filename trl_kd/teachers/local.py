@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from trl_kd import _compat
@@ -36,11 +37,7 @@ class LocalTeacher:
     """
 
     def __init__(self, model: Any, init_kwargs: dict[str, Any] | None = None):
-        self._source_kwargs = {
-            key: value
-            for key, value in (init_kwargs or {}).items()
-            if key in ("revision", "token", "trust_remote_code")
-        }
+        self._source_kwargs = _source(init_kwargs or {})
         if isinstance(model, str):
             self.name = model
             self.model = _load(model, dict(init_kwargs or {}))
@@ -98,14 +95,21 @@ class LocalTeacher:
 
             self.model = prepare_deepspeed(self.model, accelerator)
             return
-        check_head(self.model, "teacher")
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise ValueError(
+                f"The teacher `{self.name}` does not fit the device and is partly offloaded, which is not supported. "
+                'Load it in 4 bit (`teacher_model_init_kwargs={"load_in_4bit": True}`), take a smaller one, or train '
+                "on completions that it wrote before (`trl-kd generate`) with another method."
+            )
+        if not _compat.is_placed(self.model):
+            self.model.to(accelerator.device)
+        with accelerator.autocast():  # some attention kernels take half dtypes only
+            check_head(self.model, "teacher")
         if accelerator.distributed_type == "FSDP":
             from trl.models import prepare_fsdp
 
             self.model = prepare_fsdp(self.model, accelerator)
             return
-        if not _compat.is_placed(self.model):
-            self.model.to(accelerator.device)
         # Frozen, so its head is gathered, dequantised and cut once, and lies where the loss is computed
         head = self._current_head()
         weight = head.weight.to(accelerator.device)
@@ -142,12 +146,14 @@ class LocalTeacher:
         self, prompts: list[list[int]], sampling: Sampling, pad_token_id: int, eos_token_ids: list[int], seed: int
     ) -> list[list[int]]:
         """Completions that the teacher writes, as in [`~generation.generate_completions`]."""
-        if self._vocab_size is not None and self._vocab_size < self.vocab_size:
-            padding = list(range(self._vocab_size, self.vocab_size))
-            suppressed = {"suppress_tokens": padding} | sampling.generation_kwargs
-            sampling = Sampling(**(vars(sampling) | {"generation_kwargs": suppressed}))
         with self._autocast():
-            return generate_completions(self.model, prompts, sampling, pad_token_id, eos_token_ids, seed)
+            special = (pad_token_id, eos_token_ids)
+            return generate_completions(self.model, prompts, sampling, *special, seed, self._vocab_size)
+
+
+def _source(init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that say where a model is; its config and its tokenizer take them too."""
+    return {key: value for key, value in init_kwargs.items() if key in ("revision", "token", "trust_remote_code")}
 
 
 def _load(path: str, init_kwargs: dict[str, Any]) -> nn.Module:
@@ -161,7 +167,12 @@ def _load(path: str, init_kwargs: dict[str, Any]) -> nn.Module:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     init_kwargs.setdefault("dtype", "auto")
+    device = PartialState().device
     try:
+        config = AutoConfig.from_pretrained(path, **_source(init_kwargs)).to_dict()
+        if device.type != "cpu" and ("quantization_config" in config or "quantization_config" in init_kwargs):
+            # Quantised weights stay where they are loaded, and not every method loads them onto the GPU by itself
+            init_kwargs.setdefault("device_map", {"": device})
         return AutoModelForCausalLM.from_pretrained(path, **init_kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(

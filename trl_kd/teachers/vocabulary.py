@@ -32,7 +32,7 @@ def shared_vocab_size(
     Raises:
         ValueError: If the tokenizers differ, or the heads differ and the teacher's tokenizer is unknown.
     """
-    advice = "Use a teacher with the student's tokenizer, or DSKDTrainer, which works across vocabularies."
+    advice = "Use a teacher with the student's tokenizer; DSKDTrainer, for different vocabularies, is planned."
     shared = min(student_size, teacher_size)
     student_vocab = student_tokenizer.get_vocab()
     if teacher_tokenizer is None:
@@ -48,6 +48,11 @@ def shared_vocab_size(
         )
     elif student_vocab != (teacher_vocab := teacher_tokenizer.get_vocab()):
         same = len(student_vocab.items() & teacher_vocab.items())
+        if only := sorted(student_vocab.keys() - teacher_vocab.keys(), key=student_vocab.get)[:3]:
+            advice = (
+                f"Only the student has {', '.join(map(repr, only))}: a token that was added for padding is not "
+                f"needed, set `pad_token` to one that both have. {advice}"
+            )
         raise ValueError(
             f"The vocabularies differ: the student's tokenizer has {len(student_vocab)} tokens, the teacher's "
             f"{len(teacher_vocab)}, and {same} of them have the same id. The loss compares the two models token by "

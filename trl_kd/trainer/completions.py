@@ -28,6 +28,8 @@ def log_completions(trainer: Any, prompts: list[list[int]], completions: list[li
         completions (`list[list[int]]`):
             Token ids that the student wrote.
     """
+    if not completions:
+        return
     import pandas as pd
 
     args, step = trainer.args, trainer.state.global_step
@@ -35,7 +37,7 @@ def log_completions(trainer: Any, prompts: list[list[int]], completions: list[li
     if is_rich_available():
         _compat.print_completions(*texts, step, args.num_completions_to_print)
     table = pd.DataFrame({"step": step, "prompt": texts[0], "completion": texts[1]})
-    folder = os.path.join(args.output_dir, "completions")
+    folder = os.path.join(args.output_dir, "_completions")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"completions_{step:05d}.parquet")
     table.to_parquet(path + ".tmp")

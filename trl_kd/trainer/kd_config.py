@@ -80,8 +80,9 @@ class KDConfig(SFTConfig):
         > Parameters that control logging
 
         log_completions (`bool`, *optional*, defaults to `False`):
-            Whether to print a sample of the student's completions at each log, write them to `completions/` in the
-            output folder as parquet, and send them to trackio or wandb if these are in `report_to`.
+            Whether to print a sample of the student's completions at each log, write them to `_completions/` in
+            the output folder as parquet (the underscore keeps them from the Hub), and send them to trackio or wandb if
+            these are in `report_to`.
         num_completions_to_print (`int`, *optional*):
             Number of completions to print. `None` prints all.
 
@@ -172,8 +173,9 @@ class KDConfig(SFTConfig):
     log_completions: bool = field(
         default=False,
         metadata={
-            "help": "Whether to print a sample of the student's completions at each log, write them to `completions/` "
-            "in the output folder as parquet, and send them to trackio or wandb if these are in `report_to`."
+            "help": "Whether to print a sample of the student's completions at each log, write them to "
+            "`_completions/` in the output folder as parquet (the underscore keeps them from the Hub), and send them "
+            "to trackio or wandb if these are in `report_to`."
         },
     )
     num_completions_to_print: int | None = field(
@@ -220,6 +222,7 @@ class KDConfig(SFTConfig):
             ("label_smoothing_factor", 0.0, "The teacher's distribution takes the place of smoothed labels."),
             ("router_aux_loss_coef", None, "The load-balancing loss of mixtures of experts is not added."),
             ("truncation_mode", "keep_start", "A completion that is too long loses its end."),
+            ("padding_free", False, "Use `packing`, which has no padding either."),
         ):
             if (value := getattr(self, name)) not in (only, 0.0 if only is None else only):
                 raise ValueError(

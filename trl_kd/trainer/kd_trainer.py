@@ -11,7 +11,7 @@ from trl.models import unwrap_model_for_generation
 
 from trl_kd import _compat
 from trl_kd.data import KDCollator, has_completions
-from trl_kd.generation import RolloutWriter, Sampling, distinct_n, eos_token_ids, generate_completions
+from trl_kd.generation import RolloutWriter, Sampling, eos_token_ids, generate_completions
 from trl_kd.losses import LinearLoss
 from trl_kd.modules.lm_head import LMHead, check_head, last_hidden_states
 from trl_kd.teachers import shared_vocab_size
@@ -60,15 +60,14 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
                 "`token_loss`."
             )
         # The teacher first: it is what fails most often
-        self.teacher = setup.own_teacher(teacher_model, args)
+        self.teacher = setup.own_teacher(teacher_model, args, model)
         tokenizer = setup.own_tokenizer(processing_class, model, args)
-        self.eos_token_ids = eos_token_ids(model, tokenizer)
+        # The teacher's too: it ends its completions its own way
+        self.eos_token_ids = sorted({i for m in (model, self.teacher.model) for i in eos_token_ids(m, tokenizer)})
         self.prepare_data = setup.dataset_preparer(args, tokenizer, self.eos_token_ids, formatting_func)
         collator = data_collator or KDCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
-        train_dataset, eval_dataset = (
-            self.prepare_data(train_dataset, "train"),
-            self.prepare_data(eval_dataset, "eval"),
-        )
+        train_dataset = self.prepare_data(train_dataset, "train", is_training=True)
+        eval_dataset = self.prepare_data(eval_dataset, "eval")
         with setup.prepared_elsewhere(args):
             super().__init__(
                 model=model,
@@ -105,9 +104,11 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     # Set-up
 
     def _set_up_models(self) -> None:
+        _compat.check_one_device(self.model)
         _compat.keep_4bit_layout(self.model)
         if not self.is_deepspeed_enabled:  # ZeRO-3 has sharded the student already
-            check_head(self.model, "student")
+            with self.accelerator.autocast():  # some attention kernels take half dtypes only
+                check_head(self.model, "student")
         self.vocab_size = shared_vocab_size(
             self.model.get_output_embeddings().out_features,
             self.teacher.vocab_size,
@@ -154,7 +155,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
             batches = self.rollouts.replace(
                 batches, self.state.global_step, self.write_with_student, self.write_with_teacher
             )
-            self._record_rollouts()
+            self._sums["train"].add_rollouts(self.rollouts.last_completions, self.eos_token_ids)
         counts = torch.stack([count_tokens(batch) for batch in batches]).sum(dim=0).to(device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
@@ -171,8 +172,8 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
             unwrap_model_for_generation(self.model_wrapped, self.accelerator, **checkpointing) as student,
             self.accelerator.autocast(),
         ):
-            pad_token_id = self.processing_class.pad_token_id
-            return generate_completions(student, prompts, self.sampling, pad_token_id, self.eos_token_ids, seed)
+            special = (self.processing_class.pad_token_id, self.eos_token_ids)
+            return generate_completions(student, prompts, self.sampling, *special, seed, self.vocab_size)
 
     def write_with_teacher(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
         """Completions that the teacher writes."""
@@ -189,14 +190,17 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         if "token_counts" in inputs:
             # DDP averages gradients over ranks, and the counts are those of all ranks
             weights = tuple(weight * self.accelerator.num_processes for weight in weights)
-        teacher_hidden = self.teacher.hidden_states(**arguments)[:, :-1][selected.mask]
+        with self.accelerator.autocast():
+            teacher_hidden = self.teacher.hidden_states(**arguments)[:, :-1][selected.mask]
 
         def student_loss() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             hidden = last_hidden_states(student, **arguments)[:, :-1][selected.mask]
             head = LMHead.of(student).cut(self.vocab_size)
             pairs = {"student": (hidden, head), "teacher": (teacher_hidden, self.teacher.head)}
             tokens = TokenBatch(pairs, selected.labels, *weights, selected.is_on_policy, selected.positions)
-            result = self.token_loss(tokens)
+            # accelerate's autocast is part of the forward that is replaced here
+            with self.accelerator.autocast():
+                result = self.token_loss(tokens)
             return result.loss, hidden.detach(), result.values
 
         student = self.accelerator.unwrap_model(model)
@@ -220,6 +224,10 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
             eval_dataset = with_teacher_completions(self, self.prepare_data(eval_dataset, metric_key_prefix))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
+        test_dataset = with_teacher_completions(self, self.prepare_data(test_dataset, metric_key_prefix))
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._health.check(self.teacher)
@@ -240,15 +248,6 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
                 log_completions(self, self.rollouts.last_prompts, self.rollouts.last_completions)
         super().log(logs, start_time)
 
-    def _record_rollouts(self) -> None:
-        written = self.rollouts.last_completions
-        if not written:
-            return
-        sums, count = self._sums["train"], len(written)
-        sums.add("kd/on_policy/distinct_2", distinct_n(written, 2))
-        sums.add("kd/on_policy/completion_length", sum(map(len, written)), count)
-        sums.add("kd/on_policy/eos_rate", sum(ids[-1] in self.eos_token_ids for ids in written), count)
-
     # Saving and resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -264,6 +263,8 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
             save()
         finally:
             self.args.save_total_limit = limit
+        if self.args.save_only_model:  # `load_best_model_at_end` needs the auxiliary modules all the same
+            self.save_state_to(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.mark(folder, self.state.global_step)

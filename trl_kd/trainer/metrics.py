@@ -3,6 +3,8 @@
 import torch
 from accelerate.utils import gather_object
 
+from trl_kd.generation import distinct_n
+
 
 class MetricSums:
     """Sums and weights by name. They stay on the device until they are read."""
@@ -33,6 +35,14 @@ class MetricSums:
                 # `where` keeps shapes fixed: a boolean index would wait for the device
                 total = torch.where(chosen, value, torch.zeros((), dtype=value.dtype, device=value.device)).sum()
                 self.add(f"kd/{source}/{name}", total, count)
+
+    def add_rollouts(self, completions: list[list[int]], eos_token_ids: list[int]) -> None:
+        """Add what the student wrote in one step: variety, length, and whether it ended."""
+        count = len(completions)
+        if count:
+            self.add("kd/on_policy/distinct_2", distinct_n(completions, 2))
+            self.add("kd/on_policy/completion_length", sum(map(len, completions)), count)
+            self.add("kd/on_policy/eos_rate", sum(ids[-1] in eos_token_ids for ids in completions), count)
 
     def pop(self) -> dict[str, float]:
         """Averages over all ranks since the last call; names without weight are left out."""

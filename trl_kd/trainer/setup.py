@@ -54,14 +54,21 @@ def own_arguments(args: Any, config_class: type[KDConfig], model: Any, name: str
     return own
 
 
-def own_teacher(teacher_model: Any, args: KDConfig) -> LocalTeacher:
-    """The teacher from the trainer's argument or the configuration."""
+def own_teacher(teacher_model: Any, args: KDConfig, student: Any) -> LocalTeacher:
+    """The teacher from the trainer's argument or the configuration; never the student itself."""
     teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
     if teacher_model is None:
         raise ValueError(
             "There is no teacher: `teacher_model` is None, and so is `teacher_model_name_or_path` in the "
             "configuration. Pass a model, a path or a Hub name."
         )
+    if not isinstance(student, str) and not isinstance(teacher_model, str):
+        own = {id(module) for module in student.modules()}
+        if any(id(module) in own for module in teacher_model.modules()):
+            raise ValueError(
+                "Student and teacher share modules, so training one would change the other. Pass a second copy as the "
+                "teacher: its path, or `copy.deepcopy(model)`."
+            )
     return LocalTeacher(teacher_model, args.teacher_model_init_kwargs)
 
 
@@ -87,7 +94,8 @@ def own_tokenizer(processing_class: Any | None, model: Any, args: KDConfig) -> P
                 "`processing_class` is None, and the student is a model without a path to load a tokenizer from. Pass "
                 "the tokenizer as `processing_class`."
             )
-        processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        source = {key: value for key, value in (args.model_init_kwargs or {}).items() if key in ("revision", "token")}
+        processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, **source)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"`processing_class` is a {type(processing_class).__name__}, but only text models are distilled. Pass a "
@@ -104,8 +112,10 @@ def own_tokenizer(processing_class: Any | None, model: Any, args: KDConfig) -> P
         raise ValueError(
             "The tokenizer has no EOS token, so completions could never end. Set `eos_token` in the configuration."
         )
+    if args.pad_token is not None:
+        processing_class.pad_token = args.pad_token
     if processing_class.pad_token is None:
-        processing_class.pad_token = args.pad_token or processing_class.eos_token
+        processing_class.pad_token = processing_class.eos_token
         logger.info(
             f"The tokenizer has no pad token; '{processing_class.pad_token}' is used. Masks do not depend on it."
         )
@@ -140,18 +150,20 @@ def dataset_preparer(
         `Callable`
     """
 
-    def prepare(dataset: Any, name: str) -> Any:
+    def prepare(dataset: Any, name: str, is_training: bool = False) -> Any:
         if dataset is None:
             return None
         if isinstance(dataset, dict):
             return {key: prepare(value, key) for key, value in dataset.items()}
+        if "seq_lengths" in (dataset.column_names or []):
+            return dataset  # packed already: `evaluate` prepares again what the constructor has prepared
         with PartialState().main_process_first():  # the others read its cache
-            return prepare_one(dataset, name)
+            return prepare_one(dataset, name, is_training)
 
-    def prepare_one(dataset: Any, name: str) -> Any:
+    def prepare_one(dataset: Any, name: str, is_training: bool) -> Any:
         if formatting_func is not None:
             dataset = dataset.map(lambda row: {args.dataset_text_field: formatting_func(row)})
-        packing = args.packing if name == "train" or args.eval_packing is None else args.eval_packing
+        packing = args.packing if is_training or args.eval_packing is None else args.eval_packing
         # These strategies split what is too long, so nothing is cut before
         splits = packing and args.packing_strategy in ("bfd_split", "wrapped")
         dataset = prepare_dataset(
@@ -164,7 +176,7 @@ def dataset_preparer(
             num_proc=args.dataset_num_proc,
             name=name,
         )
-        if name == "train":
+        if is_training:
             _check_rollouts_possible(dataset, args)
         if packing:
             if not has_completions(dataset):
@@ -173,7 +185,7 @@ def dataset_preparer(
                     "during training. Set `packing=False`, or write the completions first with `trl-kd generate`."
                 )
             return pack(dataset, args.max_length, args.packing_strategy, name=name)
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset and name == "train" else dataset
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset and is_training else dataset
 
     return prepare
 
