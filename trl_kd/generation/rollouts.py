@@ -92,7 +92,8 @@ def _forked_rng(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the generators that sampling uses; give them back as they were."""
     # `manual_seed` seeds every device of the kind, so all of them are kept
     kind = "cuda" if device.type == "cpu" else device.type
-    devices = range(torch.get_device_module(kind).device_count())
+    # (MPS has one generator without an index, which `fork_rng` cannot keep)
+    devices = [] if kind == "mps" else range(torch.get_device_module(kind).device_count())
     with torch.random.fork_rng(devices=devices, device_type=kind):
         torch.manual_seed(seed)
         yield
