@@ -18,7 +18,7 @@ def _check_same_shape(student_logits: torch.Tensor, teacher_logits: torch.Tensor
         raise ValueError(
             f"`student_logits` has shape {tuple(student_logits.shape)} but `teacher_logits` has shape "
             f"{tuple(teacher_logits.shape)}. A divergence compares both models token by token over one vocabulary. "
-            "Cut padded heads to the vocabulary that both share."
+            "Cut padded heads to the shared vocabulary."
         )
 
 
