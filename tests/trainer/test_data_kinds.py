@@ -247,6 +247,12 @@ def test_packed_evaluation_is_the_same_however_it_is_asked_for(tokenizer, tmp_pa
     assert first == pytest.approx(flat, rel=1e-5)
 
 
+def test_evaluation_set_named_train_is_for_evaluation(tokenizer, tmp_path):
+    text = Dataset.from_list([{"text": "The fox is red."}] * 2)  # no rollouts could be made of it
+    trainer = build(tokenizer, tmp_path, tiny_dataset(), {"train": text}, lmbda=0.5)
+    assert trainer.evaluate()["eval_train_loss"] > 0
+
+
 def test_predict_takes_raw_rows(tokenizer, tmp_path):
     trainer = build(tokenizer, tmp_path, tiny_dataset())
     expected = trainer.evaluate(tiny_dataset(4))["eval_loss"]

@@ -1,5 +1,6 @@
 """A run that is interrupted goes on to the same numbers, bit for bit."""
 
+import math
 import os
 
 import pytest
@@ -41,6 +42,12 @@ def assert_same_run(resumed, uninterrupted_trainer, uninterrupted_state):
         assert logged(resumed, name)[-3:] == logged(uninterrupted_trainer, name)[-3:], name
     for resumed_part, expected in zip(state_of(resumed), uninterrupted_state, strict=True):
         assert same(resumed_part, expected)
+
+
+def test_auxiliary_schedule_spans_the_run(uninterrupted):
+    _, whole, _ = uninterrupted
+    expected = [whole.args.aux_learning_rate * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert logged(whole, "kd/aux_learning_rate") == pytest.approx(expected, rel=1e-6)
 
 
 def test_resume_after_half_equals_uninterrupted(tokenizer, uninterrupted):
