@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.worker import NUMBERS
 from tests.trainer.runs import ProjectingTrainer, config, logged, pair, tiny_dataset
 
 
@@ -30,7 +31,7 @@ def test_two_ranks_have_the_gradient_norm_of_one(tokenizer, tmp_path):
     one = ProjectingTrainer(student, teacher, args, tiny_dataset(), processing_class=tokenizer)
     one.train()
     ranks = [reports[0] for reports in launch("norm", tmp_path)]
-    for name in ("loss", "grad_norm", "kd/aux_grad_norm", "kd/on_policy/tokens", "kd/off_policy/tokens"):
+    for name in NUMBERS:
         assert len(logged(one, name)) == 2
         assert ranks[0][name] == pytest.approx(logged(one, name), rel=1e-5), name
     assert [report["rollouts"] for report in ranks] == [1, 1]

@@ -12,7 +12,10 @@ from tests.tiny import make_tokenizer
 from tests.trainer.runs import ProjectingTrainer, config, logged, pair, state_of, tiny_dataset
 
 
-NUMBERS = ("loss", "grad_norm", "kd/aux_grad_norm", "kd/on_policy/tokens", "kd/off_policy/tokens")
+NUMBERS = ["loss", "grad_norm", "kd/aux_grad_norm", "kd/on_policy/completion_length"]
+NUMBERS += [
+    f"kd/{source}/{name}" for source in ("off_policy", "on_policy") for name in ("tokens", "moment", "distance")
+]
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random"}
 
 

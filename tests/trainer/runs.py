@@ -72,7 +72,7 @@ class ProjectingTrainer(AMMTrainer):
 
     def auxiliary_modules(self) -> dict[str, nn.Module]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(self.accelerator.process_index)  # what ranks make differently must be made equal
             return {"projector": nn.Linear(self.model.config.hidden_size, self.teacher.head.weight.shape[1])}
 
     def token_loss(self, tokens: TokenBatch) -> LinearLoss:
