@@ -1,19 +1,8 @@
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from tests.tiny import make_model
 from trl_kd.modules.lm_head import LMHead, check_head, last_hidden_states
@@ -23,20 +12,29 @@ VOCAB_SIZE = 50
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 # Heads that do more than multiply: what the config says must reach the logits
 SPECIAL = {
-    "gemma2": (
-        Gemma2Config,
-        Gemma2ForCausalLM,
-        {"final_logit_softcapping": 2.0, "head_dim": 8, "query_pre_attn_scalar": 8},
-    ),
-    "cohere": (CohereConfig, CohereForCausalLM, {"logit_scale": 0.25}),
-    "granite": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0}),
-    "phi": (PhiConfig, PhiForCausalLM, {}),
+    "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "Cohere": {"logit_scale": 0.25},
+    "Granite": {"logits_scaling": 4.0},
+    "Phi": {},  # a bias
+}
+# Heads that only multiply, behind backbones of other shapes
+PLAIN = {
+    "Mistral": {},
+    "SmolLM3": {},
+    "Gemma3Text": {"head_dim": 8, "query_pre_attn_scalar": 8},
+    "OPT": {"word_embed_proj_dim": 16, "ffn_dim": 64},  # narrower at the head than inside
+    "Phi3": {},
+    "Olmo2": {},
+    "GPTNeoX": {},
+    "Falcon": {"new_decoder_architecture": True},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
 
 def special_model(family):
-    config_class, model_class, options = SPECIAL[family]
-    config = config_class(
+    options = (SPECIAL | PLAIN)[family]
+    model_class = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=64,
@@ -65,7 +63,7 @@ def every_model():
                 lambda family=family, tied=tied: make_model(family, VOCAB_SIZE, tied=tied),
                 id=f"{family}-{'tied' if tied else 'untied'}",
             )
-    for family in SPECIAL:
+    for family in SPECIAL | PLAIN:
         yield pytest.param(lambda family=family: special_model(family), id=family)
 
 
@@ -131,10 +129,10 @@ def test_lm_head_of_family_sends_the_gradients_of_its_own_logits(build):
 
 def test_lm_head_of_special_families_reads_scale_cap_and_bias():
     heads = {family: LMHead.of(special_model(family)) for family in SPECIAL}
-    assert heads["gemma2"].soft_cap == 2.0 and heads["gemma2"].scale == 1.0
-    assert heads["cohere"].scale == 0.25 and heads["cohere"].soft_cap is None
-    assert heads["granite"].scale == 0.25
-    assert heads["phi"].bias.abs().min() > 0 and heads["granite"].bias is None
+    assert heads["Gemma2"].soft_cap == 2.0 and heads["Gemma2"].scale == 1.0
+    assert heads["Cohere"].scale == 0.25 and heads["Cohere"].soft_cap is None
+    assert heads["Granite"].scale == 0.25
+    assert heads["Phi"].bias.abs().min() > 0 and heads["Granite"].bias is None
 
 
 def test_lm_head_literal_numbers_have_the_logits_by_hand():
@@ -295,9 +293,9 @@ def test_last_hidden_states_failing_forward_leaves_no_hook():
     assert not model.get_decoder()._forward_hooks
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+@pytest.mark.parametrize("family", [*FAMILIES, "Gemma2", "OPT"])
 def test_last_hidden_states_compute_the_logits_of_one_position(family):
-    model = special_model(family) if family in SPECIAL else make_model(family, VOCAB_SIZE)
+    model = special_model(family) if family in SPECIAL | PLAIN else make_model(family, VOCAB_SIZE)
     shapes = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     last_hidden_states(model, **inputs())

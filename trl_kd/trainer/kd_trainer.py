@@ -104,6 +104,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     # Set-up
 
     def _set_up_models(self) -> None:
+        setup.warn_of_unused_balance(self.aux_loss_enabled)
         _compat.check_one_device(self.model)
         _compat.keep_4bit_layout(self.model)
         if not self.is_deepspeed_enabled:  # ZeRO-3 has sharded the student already

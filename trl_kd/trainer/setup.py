@@ -206,6 +206,15 @@ def _check_rollouts_possible(dataset: Any, args: KDConfig) -> None:
         )
 
 
+def warn_of_unused_balance(is_mixture_of_experts: bool) -> None:
+    """Say that a mixture of experts is trained without the load-balancing loss that its config asks for."""
+    if is_mixture_of_experts:
+        logger.warning(
+            "The student is a mixture of experts whose config asks for a load-balancing loss; this trainer does not "
+            "add it. Watch the use of its experts, or keep the routers out of an adapter's `target_modules`."
+        )
+
+
 @contextmanager
 def prepared_elsewhere(args: KDConfig) -> Iterator[None]:
     """
