@@ -6,9 +6,13 @@ Compares AMM with other ways to spend the same tokens, over several seeds, on th
 All methods start from the same warm-started student and are given the same number of optimizer steps, of sequences in
 a step and of tokens in a sequence, and the same learning rate. Each finished run is kept in `results.json` and is not
 repeated; the table goes to the terminal and to `results.md`.
+
+A sharper student is nearer to a teacher on its own text for free, so some methods are shown once more with
+their logits scaled until the student is as sure of itself (in entropy, on its own text) as AMM's of the same seed.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -17,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from stories import (
     COMPLETION_LENGTH,
@@ -113,10 +118,32 @@ METHODS: dict[str, Callable[[Material, dict[str, Any]], Any]] = {
 }
 
 
+# Methods that are shown once more at AMM's entropy
+SHARPENED = ("SFT, teacher's texts", "JSD")
+
+
+@torch.no_grad()
+def sharpen(model: PreTrainedModel, entropy: float, measure: Callable[[PreTrainedModel], float]) -> float:
+    """
+    Scale a model's logits until its entropy is `entropy`, by bisection; returns the factor.
+
+    The logits of a Llama are linear in the weight of its last norm.
+    """
+    norm = model.get_decoder().norm.weight
+    original = norm.clone()
+    low, high = 1.0, 2.0
+    for _ in range(7):
+        factor = (low + high) / 2
+        norm.copy_(factor * original)
+        low, high = (factor, high) if measure(model) > entropy else (low, factor)
+    return factor
+
+
 def summarise(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
     """Rows of the table: mean and standard deviation over the seeds of a method, in the order of `METHODS`."""
     rows = {name: results[name] for name in ("teacher", "before") if name in results}
-    for method in METHODS:
+    names = [name for method in METHODS for name in (method, f"{method}, sharpened")]
+    for method in names:
         runs = [run for name, run in results.items() if name.startswith(f"{method} / ")]
         if len(runs) == 1:
             rows[method] = runs[0]
@@ -129,7 +156,8 @@ def summarise(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]
 def differences(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
     """AMM minus each other method, run by run of the same seed: mean and standard deviation over the seeds."""
     rows = {}
-    for method in [method for method in METHODS if method != "AMM"]:
+    names = [name for method in METHODS if method != "AMM" for name in (method, f"{method}, sharpened")]
+    for method in names:
         pairs = [
             (results[f"AMM / {seed}"], run)
             for name, run in results.items()
@@ -163,31 +191,27 @@ def load_results(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--output_dir", default="out/stories", help="Folder of everything that is made.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Seeds of the runs.")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="Methods to run.")
     parser.add_argument("--draws", type=int, default=2, help="Rollouts of each model per held-out story.")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def make_material(args: argparse.Namespace, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Material:
+    """Warm-started student and all training data, made once per output folder."""
     output_dir = Path(args.output_dir)
-
-    settings = {
-        key: getattr(args, key)
-        for key in ("warm_start_steps", "max_steps", "learning_rate", "texts_per_story", "num_test_stories", "draws")
-    }
-    results = load_results(output_dir / "results.json", settings)
-    runs: dict[str, dict[str, float]] = results["runs"]
-
-    teacher, tokenizer = load_teacher(args.teacher)
     stories = load_stories(args.train_file, tokenizer)
     student_path = warm_start(args.warm_start or output_dir / "warm_start", tokenizer, stories, args.warm_start_steps)
     gold_prompts, gold = split_stories(stories)
     prompts, completions = teacher_texts(
         output_dir / "teacher_texts.json", teacher, gold_prompts, args.texts_per_story
     )
-    material = Material(
+    return Material(
         student_path=str(student_path),
         teacher_path=args.teacher,
         tokenizer=tokenizer,
@@ -196,38 +220,64 @@ def main() -> None:
         # TRL takes text and tokenises it: these prompts come back token by token, `<s>` included
         prompts=Dataset.from_dict({"prompt": tokenizer.batch_decode(prompts, skip_special_tokens=True)}),
     )
-    evaluate = held_out_evaluation(
-        teacher, load_stories(args.test_file, tokenizer)[: args.num_test_stories], args.draws
-    )
+
+
+def write_table(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Both tables, to the terminal and to a file."""
+    against = differences(results["runs"])
+    tokens = args.max_steps * 8 * COMPLETION_LENGTH
+    text = f"Mean ± standard deviation over seeds; at most {tokens} trained tokens per run. "
+    text += f"Settings: {results['settings']}.\n\n"
+    text += markdown(summarise(results["runs"]), FIDELITY_METRICS | {"train_seconds": "seconds"})
+    if against:
+        text += f"\nAMM minus each other method, paired by seed:\n\n{markdown(against, FIDELITY_METRICS)}"
+    file = Path(args.output_dir) / "results.md"
+    file.write_text(text)
+    print(f"\n{text}\nWritten: {file}, beside results.json.")
+
+
+def main() -> None:
+    args = parse_arguments()
+    output_dir = Path(args.output_dir)
+    names = ("warm_start_steps", "max_steps", "learning_rate", "texts_per_story", "num_test_stories", "draws")
+    results = load_results(output_dir / "results.json", {name: getattr(args, name) for name in names})
+    runs: dict[str, dict[str, float]] = results["runs"]
+
+    teacher, tokenizer = load_teacher(args.teacher)
+    material = make_material(args, teacher, tokenizer)
+    test_stories = load_stories(args.test_file, tokenizer)[: args.num_test_stories]
+    evaluate = held_out_evaluation(teacher, test_stories, args.draws)
 
     def keep(name: str, model: PreTrainedModel, seconds: float) -> None:
         """Evaluates a model and adds it to the results file."""
         runs[name] = evaluate(model) | {"train_seconds": seconds}
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2))
+        file = output_dir / "results.json"
+        file.with_suffix(".unfinished").write_text(json.dumps(results, indent=2))
+        file.with_suffix(".unfinished").replace(file)
 
-    for name, model in {"teacher": teacher, "before": AutoModelForCausalLM.from_pretrained(student_path)}.items():
+    before = AutoModelForCausalLM.from_pretrained(material.student_path)
+    for name, model in {"teacher": teacher, "before": before}.items():
         if name not in runs:
             keep(name, model, 0.0)
-    for seed in args.seeds:
-        for method in args.methods:
-            name = f"{method} / {seed}"
-            if name in runs:
-                continue
-            print(f"{method}, seed {seed}")
-            start = time.perf_counter()
-            arguments = method_arguments(output_dir / "runs", args.max_steps, args.learning_rate, seed)
-            trainer = METHODS[method](material, arguments)
-            trainer.train()
-            keep(name, trainer.model, time.perf_counter() - start)
-
-    rows, against = summarise(runs), differences(runs)
-    tokens = args.max_steps * 8 * COMPLETION_LENGTH
-    text = f"Mean ± standard deviation over seeds; at most {tokens} trained tokens per run. Settings: {settings}.\n\n"
-    text += markdown(rows, FIDELITY_METRICS | {"train_seconds": "seconds"})
-    if against:
-        text += f"\nAMM minus each other method, paired by seed:\n\n{markdown(against, FIDELITY_METRICS)}"
-    (output_dir / "results.md").write_text(text)
-    print(f"\n{text}\nWritten: {output_dir / 'results.json'} and {output_dir / 'results.md'}.")
+    for seed, method in itertools.product(args.seeds, args.methods):
+        name, sharper = f"{method} / {seed}", f"{method}, sharpened / {seed}"
+        sharpens = method in SHARPENED and f"AMM / {seed}" in runs and sharper not in runs
+        if name in runs and not sharpens:
+            continue
+        print(f"{method}, seed {seed}")
+        start = time.perf_counter()
+        arguments = method_arguments(output_dir / "runs", args.max_steps, args.learning_rate, seed)
+        trainer = METHODS[method](material, arguments)
+        trainer.train()
+        seconds = time.perf_counter() - start
+        if name not in runs:
+            keep(name, trainer.model, seconds)
+        if sharpens:
+            target = runs[f"AMM / {seed}"]["student_states/student_entropy"]
+            factor = sharpen(trainer.model, target, lambda m: evaluate(m)["student_states/student_entropy"])
+            keep(sharper, trainer.model, seconds)
+            print(f"{method}, seed {seed}: logits times {factor:.3f}")
+    write_table(args, results)
 
 
 if __name__ == "__main__":
