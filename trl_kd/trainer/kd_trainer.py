@@ -186,9 +186,10 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     ) -> Any:
         arguments = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
         selected = select_tokens(inputs)
-        counts = inputs.get("token_counts", count_tokens(inputs))  # evaluation counts its own batch
+        is_step = "token_counts" in inputs  # evaluation counts its own batch
+        counts = inputs["token_counts"] if is_step else count_tokens(inputs)
         weights = token_weights(selected.is_on_policy, counts, self.args.on_policy_weight)
-        if "token_counts" in inputs:
+        if is_step:
             # DDP averages gradients over ranks, and the counts are those of all ranks
             weights = tuple(weight * self.accelerator.num_processes for weight in weights)
         with self.accelerator.autocast():
@@ -230,6 +231,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._sums["eval"] = MetricSums()  # an evaluation that was cut off leaves nothing behind
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._health.check(self.teacher)
         averages = self._sums["eval"].pop()
