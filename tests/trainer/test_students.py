@@ -174,7 +174,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(tokenizer, tmp_path):
 
 
 def test_model_card_tells_how_the_model_was_made(tokenizer, tmp_path, student_path, teacher_path):
-    args = config(tmp_path, max_steps=1, gamma=0.9, save_strategy="steps", save_steps=1)
+    secret = {"token": "hf_secret", "dtype": "float32"}
+    args = config(
+        tmp_path, max_steps=1, gamma=0.9, save_strategy="steps", save_steps=1, teacher_model_init_kwargs=secret
+    )
     trainer = AMMTrainer(student_path, teacher_path, args, tiny_dataset())
     trainer.train()
     card = (tmp_path / "README.md").read_text()
@@ -190,6 +193,8 @@ def test_model_card_tells_how_the_model_was_made(tokenizer, tmp_path, student_pa
     ):
         assert text in card
     assert str(tmp_path.parent) not in card
+    assert "float32" in card and "hf_secret" not in card
+    assert "aux_learning_rate" not in card
 
 
 def test_caller_s_config_dataset_and_generation_config_are_not_changed(tokenizer, tmp_path):

@@ -48,6 +48,12 @@ class Sampling:
     repetition_penalty: float = 1.0
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, args: Any) -> "Sampling":
+        """From a configuration that has fields of these names; what is unset there has its default here."""
+        given = {name: vars(args).get(name) for name in cls.__dataclass_fields__}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
     def to_generation_config(self, pad_token_id: int, eos_token_ids: list[int]) -> GenerationConfig:
         """The whole truth about a rollout, with the KV cache on whatever the training forward does."""
         greedy = self.temperature == 0.0

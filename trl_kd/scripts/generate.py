@@ -240,8 +240,7 @@ def write_blocks(
 
     from trl_kd.generation.rollouts import Sampling, rollout_seed
 
-    names = ("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    sampling = Sampling.of(args)
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sequences = [prompt for prompt in prompts for _ in range(args.num_completions)]
     partial = partial_file(args)

@@ -120,15 +120,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
 
     def _set_up_rollouts(self, train_dataset: Any, collator: Any) -> None:
         args = self.args
-        self.sampling = Sampling(
-            args.max_completion_length,
-            args.temperature,
-            args.top_p,
-            args.top_k,
-            args.min_p,
-            args.repetition_penalty,
-            args.generation_kwargs or {},
-        )
+        self.sampling = Sampling.of(args)
         writes = args.lmbda > 0 or args.off_policy_source == "teacher" or not has_completions(train_dataset)
         self.rollouts = None
         if writes:
@@ -246,8 +238,10 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
+            # Not in the summary at the end, whose step has been shown
+            shows = self.args.log_completions and self.rollouts is not None and "loss" in logs
             logs = logs | self._sums["train"].pop()
-            if self.args.log_completions and self.rollouts is not None and self.is_world_process_zero():
+            if shows and self.is_world_process_zero():
                 log_completions(self, self.rollouts.last_prompts, self.rollouts.last_completions)
         super().log(logs, start_time)
 
@@ -293,6 +287,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         if self.is_world_process_zero():
             card = os.path.join(self.args.output_dir, "README.md")
             student = _compat.config_model_id(self.model)
+            settings = model_card.settings_of(self.args, with_auxiliary=bool(self.auxiliary))
             model_card.add_distillation_section(
-                card, self.args, self._name, self._objective, self.teacher.name, student
+                card, settings, self._name, self._objective, self.teacher.name, student
             )

@@ -12,15 +12,43 @@ from trl import SFTConfig
 _MARK = "### Framework versions"
 
 
-def add_distillation_section(path: str, args: Any, name: str, objective: str, teacher: str, student: str) -> None:
+def settings_of(args: Any, with_auxiliary: bool) -> dict[str, Any]:
+    r"""
+    What a reader must know to repeat the run, without what only concerns its logs.
+
+    Args:
+        args ([`KDConfig`]):
+            Configuration of the run.
+        with_auxiliary (`bool`):
+            Whether there were auxiliary modules, so that their settings matter.
+
+    Returns:
+        `dict[str, Any]`: settings by name.
+    """
+    known = {field.name for field in fields(SFTConfig)}
+    known |= {"teacher_model_name_or_path", "log_completions", "num_completions_to_print"}
+    names = [field.name for field in fields(args) if field.name not in known]
+    names = [name for name in names if with_auxiliary or not name.startswith("aux_")]
+    names += ["learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"]
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "teacher_model_init_kwargs" in settings:
+        # A card is public
+        kept = {key: value for key, value in args.teacher_model_init_kwargs.items() if "token" not in key}
+        settings["teacher_model_init_kwargs"] = kept
+    return settings
+
+
+def add_distillation_section(
+    path: str, settings: dict[str, Any], name: str, objective: str, teacher: str, student: str
+) -> None:
     r"""
     Write method, teacher and settings into a card that TRL made.
 
     Args:
         path (`str`):
             The card, `README.md`.
-        args ([`KDConfig`]):
-            Configuration of the run.
+        settings (`dict[str, Any]`):
+            What to list.
         name (`str`):
             Name of the method.
         objective (`str`):
@@ -30,19 +58,7 @@ def add_distillation_section(path: str, args: Any, name: str, objective: str, te
         student (`str`):
             Name or path of the student before training.
     """
-    known = {field.name for field in fields(SFTConfig)} | {"teacher_model_name_or_path"}
-    settings = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in known}
-    settings |= {
-        "learning_rate": args.learning_rate,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "seed": args.seed,
-    }
-    if settings["teacher_model_init_kwargs"]:
-        # A card is public
-        public = {key: value for key, value in args.teacher_model_init_kwargs.items() if "token" not in key}
-        settings["teacher_model_init_kwargs"] = public
-    rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in settings.items() if value is not None)
+    rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in settings.items())
     section = (
         f"### Distillation\n\n"
         f"- Method: {name}, with trl_kd {version('trl_kd')}\n"
