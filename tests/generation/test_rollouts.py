@@ -1,6 +1,7 @@
 import copy
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -500,3 +501,13 @@ def test_rollout_writer_real_student_trains_what_it_wrote():
         assert row["input_ids"] == prompt + completion and row["labels"] == [-100] * len(prompt) + completion
         assert 1 <= len(completion) <= 6 and EOS not in completion[:-1]
     assert (batch["labels"] != -100).sum().item() == sum(map(len, writer.last_completions))
+
+
+def test_sampling_of_config_takes_its_fields_and_keeps_defaults_for_what_is_unset():
+    config = SimpleNamespace(
+        max_completion_length=7, temperature=0.0, top_p=0.8, top_k=5, min_p=0.1, repetition_penalty=1.2, other=1
+    )
+    expected = Sampling(7, 0.0, 0.8, 5, 0.1, 1.2)
+    assert Sampling.of(config) == expected
+    config.generation_kwargs, config.min_p = {"length_penalty": 2.0}, None
+    assert Sampling.of(config) == Sampling(7, 0.0, 0.8, 5, None, 1.2, {"length_penalty": 2.0})
