@@ -1,6 +1,8 @@
 """Every kind of data that the trainer takes, rollouts on each, and evaluation."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -188,6 +190,44 @@ def test_completions_are_logged_as_parquet_and_table(tokenizer, tmp_path, capsys
     assert table["prompt"].str.startswith("What is the").all()
     assert tokenizer(table["completion"][0])["input_ids"]
     assert "What is the" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_completions_go_to_the_tracker(tokenizer, tmp_path, monkeypatch, name):
+    sent = []
+    tracker = SimpleNamespace(Table=lambda dataframe: dataframe, log=sent.append)
+    monkeypatch.setitem(sys.modules, name, tracker)
+    trainer = build(tokenizer, tmp_path, tiny_dataset(), log_completions=True, max_steps=1)
+    trainer.args.report_to = [name]  # afterwards: the Trainer's own callback wants the real one
+    trainer.train()
+    (table,) = (entry["completions"] for entry in sent)
+    assert table.equals(pd.read_parquet(tmp_path / "_completions" / "completions_00001.parquet"))
+
+
+def test_logged_values_are_token_means_of_the_logging_interval(tokenizer, tmp_path):
+    every, whole = (
+        build(tokenizer, tmp_path, tiny_dataset(), logging_steps=steps, per_device_train_batch_size=3, lmbda=0.0)
+        for steps in (1, 2)
+    )
+    for trainer in (every, whole):
+        trainer.train()
+    tokens, moments = logged(every, "kd/off_policy/tokens"), logged(every, "kd/off_policy/moment")
+    assert len(moments) == 2 and tokens[0] != tokens[1]
+    mean = sum(count * value for count, value in zip(tokens, moments, strict=True)) / sum(tokens)
+    assert logged(whole, "kd/off_policy/moment") == pytest.approx([mean], rel=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rollouts_use_the_cache_whatever_training_does(tokenizer, tmp_path, checkpointing):
+    trainer = build(tokenizer, tmp_path, tiny_dataset(), gradient_checkpointing=checkpointing, lmbda=1.0, max_steps=1)
+    lengths = []
+    trainer.model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append((trainer.model.training, args[0].shape[1])), with_kwargs=True
+    )
+    trainer.train()
+    written = [length for training, length in lengths if not training]
+    # The prompts once, then one token at a time
+    assert written[0] > 1 and len(written) > 2 and set(written[1:]) == {1}
 
 
 def test_logged_distinct_2_and_length_describe_the_rollouts(tokenizer, tmp_path):

@@ -73,13 +73,16 @@ class Sampling:
         return GenerationConfig(**(settings | self.generation_kwargs))
 
 
-def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """All ids that end a completion: the tokenizer's EOS, and those of a model's (or its path's) generation config."""
+def eos_token_ids(model: Any, tokenizer: Any, **source: Any) -> list[int]:
+    """
+    All ids that end a completion: the tokenizer's EOS, and those of the generation config of a model, or of a path
+    (`source`: its revision and the like).
+    """
     if isinstance(model, str):
         try:
-            config = GenerationConfig.from_pretrained(model)
+            config = GenerationConfig.from_pretrained(model, **source)
         except OSError:  # a model without one generates as its config says
-            config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+            config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, **source))
     else:
         config = model.generation_config
     ids = config.eos_token_id

@@ -217,16 +217,16 @@ class KDConfig(SFTConfig):
 
     def _refuse_ignored_options(self) -> None:
         """Options of SFTConfig that belong to its own loss: refused, since nothing would come of them."""
-        for name, only, instead in (
-            ("loss_type", "nll", "The trainer's method is the loss."),
-            ("label_smoothing_factor", 0.0, "The teacher's distribution takes the place of smoothed labels."),
-            ("router_aux_loss_coef", None, "The load-balancing loss of mixtures of experts is not added."),
-            ("truncation_mode", "keep_start", "A completion that is too long loses its end."),
-            ("padding_free", False, "Use `packing`, which has no padding either."),
+        for name, accepted, reason in (
+            ("loss_type", ("nll",), "The trainer's method is the loss."),
+            ("label_smoothing_factor", (0.0,), "The teacher's distribution takes the place of smoothed labels."),
+            ("router_aux_loss_coef", (None, 0.0), "The load-balancing loss of mixtures of experts is not added."),
+            ("truncation_mode", ("keep_start",), "A completion that is too long loses its end."),
+            ("padding_free", (False,), "Use `packing`, which has no padding either."),
         ):
-            if (value := getattr(self, name)) not in (only, 0.0 if only is None else only):
+            if (value := getattr(self, name)) not in accepted:
                 raise ValueError(
-                    f"`{name}` is {value!r}, but this trainer does not use it. {instead} Leave it at {only!r}."
+                    f"`{name}` is {value!r}, but this trainer does not use it. {reason} Leave it at {accepted[0]!r}."
                 )
         if self.completion_only_loss is False:
             raise ValueError(

@@ -61,9 +61,11 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
             )
         # The teacher first: it is what fails most often
         self.teacher = setup.own_teacher(teacher_model, args, model)
-        tokenizer = setup.own_tokenizer(processing_class, model, args)
+        source = setup.student_source(args)
+        tokenizer = setup.own_tokenizer(processing_class, model, args, source)
         # The teacher's too: it ends its completions its own way
-        self.eos_token_ids = sorted({i for m in (model, self.teacher.model) for i in eos_token_ids(m, tokenizer)})
+        ends = {*eos_token_ids(model, tokenizer, **source), *eos_token_ids(self.teacher.model, tokenizer)}
+        self.eos_token_ids = sorted(ends)
         self.prepare_data = setup.dataset_preparer(args, tokenizer, self.eos_token_ids, formatting_func)
         collator = data_collator or KDCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
         train_dataset = self.prepare_data(train_dataset, "train", is_training=True)

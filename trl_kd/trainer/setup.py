@@ -72,7 +72,15 @@ def own_teacher(teacher_model: Any, args: KDConfig, student: Any) -> LocalTeache
     return LocalTeacher(teacher_model, args.teacher_model_init_kwargs)
 
 
-def own_tokenizer(processing_class: Any | None, model: Any, args: KDConfig) -> PreTrainedTokenizerBase:
+def student_source(args: KDConfig) -> dict[str, Any]:
+    """Arguments that say where the student is; its tokenizer and its generation config take them too."""
+    given = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    return {key: given[key] for key in ("revision", "token", "trust_remote_code") if key in given}
+
+
+def own_tokenizer(
+    processing_class: Any | None, model: Any, args: KDConfig, source: dict[str, Any]
+) -> PreTrainedTokenizerBase:
     r"""
     The student's tokenizer with an EOS and a pad token.
 
@@ -83,6 +91,8 @@ def own_tokenizer(processing_class: Any | None, model: Any, args: KDConfig) -> P
             The student.
         args ([`KDConfig`]):
             Configuration, with `eos_token`, `pad_token` and `chat_template_path`.
+        source (`dict[str, Any]`):
+            What [`student_source`] gives.
 
     Returns:
         [`~transformers.PreTrainedTokenizerBase`]
@@ -94,8 +104,7 @@ def own_tokenizer(processing_class: Any | None, model: Any, args: KDConfig) -> P
                 "`processing_class` is None, and the student is a model without a path to load a tokenizer from. Pass "
                 "the tokenizer as `processing_class`."
             )
-        source = {key: value for key, value in (args.model_init_kwargs or {}).items() if key in ("revision", "token")}
-        processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, **source)
+        processing_class = AutoTokenizer.from_pretrained(path, **source)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"`processing_class` is a {type(processing_class).__name__}, but only text models are distilled. Pass a "
