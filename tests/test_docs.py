@@ -33,6 +33,25 @@ def test_extending_block_trains(tokenizer, tmp_path):
     assert trainer.evaluate(tiny_dataset(4))["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/amm_trainer.md"])
+def test_example_of_a_page_trains_on_tiny_models(
+    page, conversational_dataset, student_path, teacher_path, tmp_path, monkeypatch
+):
+    """The block as it stands, but for the names of models, the size of the run and the 4 bits of the teacher."""
+    block = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S) if "AMMTr" in b)
+    small = "max_steps=1, max_completion_length=4, per_device_train_batch_size=2, use_cpu=True, report_to=[], "
+    block = block.replace("AMMConfig(", f"AMMConfig({small}").replace('{"load_in_4bit": True}', "None")
+    block = re.sub(r'(?<!_)model="[^"]*"', f"model={student_path!r}", block)
+    block = re.sub(r'teacher_model="[^"]*"', f"teacher_model={teacher_path!r}", block)
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: conversational_dataset)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(block, namespace)
+    assert namespace["trainer"].state.global_step == 1
+    trained = [name for name, p in namespace["trainer"].model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+
+
 @pytest.mark.parametrize("name", [name for name in losses.__all__ if name not in ("LinearLoss", "Term")])
 def test_example_of_a_loss_gives_what_it_says(name):
     text = re.sub(r"^ *```(python)?$", "", getattr(losses, name).__doc__, flags=re.M)
