@@ -42,6 +42,21 @@ EXAMPLES = {
     "num_completions_to_print": ("2", 2),
     "critic": ("exact_penalised", "exact_penalised"),
     "gamma": ("0.9", 0.9),
+    "critic_head": ("full", "full"),
+    "critic_rank": ("16", 16),
+    "critic_features": ("student", "student"),
+    "critic_order": ("after", "after"),
+    "critic_steps": ("3", 3),
+    "critic_learning_rate": ("0.03", 0.03),
+    "critic_betas": ("0.5 0.99", [0.5, 0.99]),
+    "critic_bound": ("2.0", 2.0),
+    "critic_penalty": ("0.0", 0.0),
+    "on_policy_gradient": ("full", "full"),
+    "later_weight": ("0.1", 0.1),
+    "later_gamma": ("0.95", 0.95),
+    "later_cost": ("jsd", "jsd"),
+    "later_baseline": ("value", "value"),
+    "later_warmup_steps": ("0", 0),
     "sft_loss_weight": ("0.1", 0.1),
     "kl_loss_weight": ("0.5", 0.5),
     "dataset_name": ("prompts.jsonl", "prompts.jsonl"),
@@ -54,6 +69,10 @@ EXAMPLES = {
 }
 
 TYPE_NAMES = {"str", "int", "float", "bool", "dict", "list"}
+
+
+def default_of(field: dataclasses.Field):
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def own_fields(config: type) -> list[dataclasses.Field]:
@@ -109,10 +128,11 @@ def test_config_field_docstring_names_type_and_default(config, field):
     annotation = inspect.get_annotations(config)[field.name]
     assert type_names(type_name) and type_names(type_name) <= type_names(annotation)
     if default is None:
-        assert field.default is None
+        assert default_of(field) is None
     else:
-        assert yaml.safe_load(default.replace('"', "")) == field.default
-        assert default == (f'"{field.default}"' if isinstance(field.default, str) else repr(field.default))
+        value = default_of(field)
+        assert yaml.safe_load(default.replace('"', "")) == value
+        assert default == (f'"{value}"' if isinstance(value, str) else repr(value))
 
 
 @pytest.mark.parametrize(("config", "field"), CASES)
@@ -124,7 +144,7 @@ def test_config_field_help_says_what_the_docstring_says(config, field):
 
 @pytest.mark.parametrize(("config", "field"), CASES)
 def test_config_field_has_an_example_that_differs_from_the_default(config, field):
-    assert EXAMPLES[field.name][1] != field.default
+    assert EXAMPLES[field.name][1] != default_of(field)
 
 
 def parse(config: type, arguments: list[str]):
@@ -138,7 +158,10 @@ def base_arguments(config: type, tmp_path) -> list[str]:
 @pytest.mark.parametrize(("config", "field"), CASES)
 def test_config_field_is_read_from_the_command_line(config, field, tmp_path):
     text, value = EXAMPLES[field.name]
-    parsed = parse(config, [*base_arguments(config, tmp_path), f"--{field.name}", text])
+    parsed = parse(
+        config,
+        [*base_arguments(config, tmp_path), f"--{field.name}", *(text.split() if isinstance(value, list) else [text])],
+    )
     assert getattr(parsed, field.name) == value
     assert type(getattr(parsed, field.name)) is type(value)
 
@@ -164,7 +187,7 @@ def test_config_command_line_wins_over_yaml(config, tmp_path):
 def test_config_defaults_survive_the_command_line(config, tmp_path):
     parsed = parse(config, base_arguments(config, tmp_path))
     for field in own_fields(config):
-        assert getattr(parsed, field.name) == field.default, field.name
+        assert getattr(parsed, field.name) == default_of(field), field.name
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -1,14 +1,17 @@
 """
-Compares AMM with other ways to spend the same tokens, over several seeds, on the pair of `distil.py`.
+Compares AMM with other ways to spend the same tokens, and its critics and gradients with each other, over several
+seeds, on the pair of `distil.py`.
 
     python examples/stories/compare.py --output_dir out/stories
+    python examples/stories/compare.py --output_dir out/stories --methods "AMM" "AMM, full gradient"
 
 All methods start from the same warm-started student and are given the same number of optimizer steps, of sequences in
 a step and of tokens in a sequence, and the same learning rate. Each finished run is kept in `results.json` and is not
 repeated; the table goes to the terminal and to `results.md`.
 
 A sharper student is nearer to a teacher on its own text for free, so some methods are shown once more with
-their logits scaled until the student is as sure of itself (in entropy, on its own text) as AMM's of the same seed.
+their logits scaled until the student is as sure of itself (in entropy, on its own text) as that of a sharper method of
+the same seed.
 """
 
 import argparse
@@ -41,6 +44,7 @@ from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 from trl_kd import AMMConfig, AMMTrainer, KDConfig
 from trl_kd.evaluation import FIDELITY_METRICS, format_metric
 from trl_kd.losses import LinearLoss, Term, forward_kl, generalized_jsd, linear_loss
+from trl_kd.modules import ValueHead
 from trl_kd.trainer.kd_trainer import _KDTrainer
 from trl_kd.trainer.tokens import TokenBatch
 
@@ -106,8 +110,18 @@ def run_trl(beta: float, material: Material, arguments: dict[str, Any]) -> Any:
     )
 
 
+def run_amm(material: Material, arguments: dict[str, Any], **options) -> Any:
+    """AMM with half of the rows on-policy."""
+    return run_kd(AMMTrainer, AMMConfig, material, arguments, lmbda=0.5, **options)
+
+
+def run_learned(*arguments, **options) -> Any:
+    """AMM with a learned critic."""
+    return run_amm(*arguments, critic="value_head", **options)
+
+
 METHODS: dict[str, Callable[[Material, dict[str, Any]], Any]] = {
-    "AMM": lambda *a: run_kd(AMMTrainer, AMMConfig, *a, critic="exact", lmbda=0.5),
+    "AMM": lambda *a: run_amm(*a, critic="exact"),
     "SFT, teacher's texts": lambda *a: run_sft("teacher_rows", *a),
     "SFT, stories": lambda *a: run_sft("gold_rows", *a),
     "forward KL": lambda *a: run_kd(ForwardKLTrainer, KDConfig, *a, lmbda=0.5),
@@ -115,11 +129,24 @@ METHODS: dict[str, Callable[[Material, dict[str, Any]], Any]] = {
     "JSD": lambda *a: run_kd(JSDTrainer, KDConfig, *a, lmbda=0.5),
     "TRL, beta 0.5": lambda *a: run_trl(0.5, *a),
     "TRL, beta 1": lambda *a: run_trl(1.0, *a),
+    # Learned critics: as they are by default, and what becomes of them with one setting changed
+    "AMM, learned": lambda *a: run_learned(*a),
+    "AMM, learned, 1 step": lambda *a: run_learned(*a, critic_steps=1),
+    "AMM, learned, after": lambda *a: run_learned(*a, critic_order="after"),
+    "AMM, learned, teacher's features": lambda *a: run_learned(*a, critic_features="teacher"),
+    "AMM, learned, student's features": lambda *a: run_learned(*a, critic_features="student"),
+    "AMM, learned, low rank": lambda *a: run_learned(*a, critic_head="low_rank"),
+    "AMM, learned, full": lambda *a: run_learned(*a, critic_head="full"),
+    # The effect on later states, with the exact critic
+    "AMM, full gradient": lambda *a: run_amm(*a, on_policy_gradient="full"),
+    "AMM, full gradient, JSD": lambda *a: run_amm(*a, on_policy_gradient="full", later_cost="jsd"),
+    "AMM, full gradient, reverse KL": lambda *a: run_amm(*a, on_policy_gradient="full", later_cost="reverse_kl"),
+    "AMM, full gradient, value": lambda *a: run_amm(*a, on_policy_gradient="full", later_baseline="value"),
 }
 
 
-# Methods that are shown once more at AMM's entropy
-SHARPENED = ("SFT, teacher's texts", "JSD")
+# Methods that are shown once more, at the entropy of another
+SHARPENED = {"SFT, teacher's texts": "AMM", "JSD": "AMM", "AMM": "AMM, full gradient"}
 
 
 @torch.no_grad()
@@ -139,6 +166,13 @@ def sharpen(model: PreTrainedModel, entropy: float, measure: Callable[[PreTraine
     return factor
 
 
+def critic_bytes(trainer: Any) -> int:
+    """What learned critics take in training."""
+    if not isinstance(trainer, AMMTrainer):
+        return 0
+    return sum(module.num_bytes for module in trainer.auxiliary.modules.values() if isinstance(module, ValueHead))
+
+
 def summarise(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
     """Rows of the table: mean and standard deviation over the seeds of a method, in the order of `METHODS`."""
     rows = {name: results[name] for name in ("teacher", "before") if name in results}
@@ -148,25 +182,27 @@ def summarise(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]
         if len(runs) == 1:
             rows[method] = runs[0]
         elif runs:
-            values = {key: [run[key] for run in runs] for key in runs[0]}
+            values = {key: [run[key] for run in runs] for key in runs[0] if all(key in run for run in runs)}
             rows[method] = {key: (statistics.mean(v), statistics.stdev(v)) for key, v in values.items()}
     return rows
 
 
 def differences(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
     """AMM minus each other method, run by run of the same seed: mean and standard deviation over the seeds."""
-    rows = {}
     names = [name for method in METHODS if method != "AMM" for name in (method, f"{method}, sharpened")]
-    for method in names:
-        pairs = [
-            (results[f"AMM / {seed}"], run)
-            for name, run in results.items()
-            if name.startswith(f"{method} / ") and f"AMM / {(seed := name.rsplit(' / ', 1)[1])}" in results
-        ]
-        if len(pairs) > 1:
-            values = {key: [amm[key] - other[key] for amm, other in pairs] for key in FIDELITY_METRICS}
-            rows[f"AMM - {method}"] = {key: (statistics.mean(v), statistics.stdev(v)) for key, v in values.items()}
-    return rows
+    pairs = [("AMM", name) for name in names] + [("AMM, full gradient", "AMM, sharpened")]
+    rows = {f"{left} - {right}": difference(results, left, right) for left, right in pairs}
+    return {name: row for name, row in rows.items() if row}
+
+
+def difference(results: dict[str, dict[str, float]], left: str, right: str) -> dict[str, tuple[float, float]]:
+    """One method minus another over the seeds that both have; empty if these are less than two."""
+    seeds = [name.removeprefix(f"{left} / ") for name in results if name.startswith(f"{left} / ")]
+    pairs = [(results[f"{left} / {s}"], results[f"{right} / {s}"]) for s in seeds if f"{right} / {s}" in results]
+    if len(pairs) < 2:
+        return {}
+    values = {key: [one[key] - other[key] for one, other in pairs] for key in FIDELITY_METRICS}
+    return {key: (statistics.mean(v), statistics.stdev(v)) for key, v in values.items()}
 
 
 def markdown(rows: dict[str, dict[str, Any]], columns: dict[str, str]) -> str:
@@ -228,9 +264,10 @@ def write_table(args: argparse.Namespace, results: dict[str, Any]) -> None:
     tokens = args.max_steps * 8 * COMPLETION_LENGTH
     text = f"Mean ± standard deviation over seeds; at most {tokens} trained tokens per run. "
     text += f"Settings: {results['settings']}.\n\n"
-    text += markdown(summarise(results["runs"]), FIDELITY_METRICS | {"train_seconds": "seconds"})
+    costs = {"train_seconds": "seconds", "critic_bytes": "bytes of critics"}
+    text += markdown(summarise(results["runs"]), FIDELITY_METRICS | costs)
     if against:
-        text += f"\nAMM minus each other method, paired by seed:\n\n{markdown(against, FIDELITY_METRICS)}"
+        text += f"\nDifferences, paired by seed:\n\n{markdown(against, FIDELITY_METRICS)}"
     file = Path(args.output_dir) / "results.md"
     file.write_text(text)
     print(f"\n{text}\nWritten: {file}, beside results.json.")
@@ -248,9 +285,9 @@ def main() -> None:
     test_stories = load_stories(args.test_file, tokenizer)[: args.num_test_stories]
     evaluate = held_out_evaluation(teacher, test_stories, args.draws)
 
-    def keep(name: str, model: PreTrainedModel, seconds: float) -> None:
+    def keep(name: str, model: PreTrainedModel, **costs: float) -> None:
         """Evaluates a model and adds it to the results file."""
-        runs[name] = evaluate(model) | {"train_seconds": seconds}
+        runs[name] = evaluate(model) | costs
         file = output_dir / "results.json"
         file.with_suffix(".unfinished").write_text(json.dumps(results, indent=2))
         file.with_suffix(".unfinished").replace(file)
@@ -258,24 +295,26 @@ def main() -> None:
     before = AutoModelForCausalLM.from_pretrained(material.student_path)
     for name, model in {"teacher": teacher, "before": before}.items():
         if name not in runs:
-            keep(name, model, 0.0)
+            keep(name, model)
     for seed, method in itertools.product(args.seeds, args.methods):
         name, sharper = f"{method} / {seed}", f"{method}, sharpened / {seed}"
-        sharpens = method in SHARPENED and f"AMM / {seed}" in runs and sharper not in runs
+        example = runs.get(f"{SHARPENED.get(method)} / {seed}")
+        sharpens = example is not None and sharper not in runs
         if name in runs and not sharpens:
             continue
         print(f"{method}, seed {seed}")
+        trainer = METHODS[method](
+            material, method_arguments(output_dir / "runs", args.max_steps, args.learning_rate, seed)
+        )
         start = time.perf_counter()
-        arguments = method_arguments(output_dir / "runs", args.max_steps, args.learning_rate, seed)
-        trainer = METHODS[method](material, arguments)
         trainer.train()
-        seconds = time.perf_counter() - start
+        costs = {"train_seconds": time.perf_counter() - start, "critic_bytes": critic_bytes(trainer)}
         if name not in runs:
-            keep(name, trainer.model, seconds)
+            keep(name, trainer.model, **costs)
         if sharpens:
-            target = runs[f"AMM / {seed}"]["student_states/student_entropy"]
+            target = example["student_states/student_entropy"]
             factor = sharpen(trainer.model, target, lambda m: evaluate(m)["student_states/student_entropy"])
-            keep(sharper, trainer.model, seconds)
+            keep(sharper, trainer.model, **costs)
             print(f"{method}, seed {seed}: logits times {factor:.3f}")
     write_table(args, results)
 

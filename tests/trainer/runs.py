@@ -10,6 +10,7 @@ from datasets import Dataset
 from tests.tiny import make_model
 from trl_kd import AMMConfig, AMMTrainer
 from trl_kd.losses import LinearLoss
+from trl_kd.trainer.auxiliary import AuxiliaryModules
 from trl_kd.trainer.tokens import TokenBatch
 
 
@@ -69,6 +70,8 @@ def state_of(trainer: Any) -> tuple[dict[str, torch.Tensor], ...]:
 
 class ProjectingTrainer(AMMTrainer):
     """AMM with a jointly trained map from student to teacher states: something for the auxiliary optimizer to do."""
+
+    _auxiliary_class = AuxiliaryModules
 
     def auxiliary_modules(self) -> dict[str, nn.Module]:
         with torch.random.fork_rng(devices=[]):

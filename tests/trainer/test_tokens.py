@@ -93,26 +93,25 @@ def test_count_tokens_one_source_absent_is_zero(on_policy, expected):
 
 def test_token_weights_literal_counts_have_the_values_by_hand():
     is_on_policy = torch.tensor([False, False, True, False, True])
-    weights, reference = token_weights(is_on_policy, torch.tensor([8, 4]), 0.25)
+    weights, own = token_weights(is_on_policy, torch.tensor([8, 4]), 0.25)
     torch.testing.assert_close(weights, torch.tensor([0.75 / 8, 0.75 / 8, 0.25 / 4, 0.75 / 8, 0.25 / 4]))
-    torch.testing.assert_close(reference, torch.tensor([1 / 8, 1 / 8, 0.0, 1 / 8, 0.0]))
+    torch.testing.assert_close(own, torch.tensor([1 / 8, 1 / 8, 1 / 4, 1 / 8, 1 / 4]))
 
 
 def test_token_weights_mix_the_means_of_the_sources():
     is_on_policy = torch.tensor([False] * 3 + [True] * 5)
     values = torch.tensor([1.0, 2.0, 6.0, 10.0, 20.0, 30.0, 40.0, 50.0])
-    weights, reference = token_weights(is_on_policy, torch.tensor([3, 5]), 0.2)
+    weights, own = token_weights(is_on_policy, torch.tensor([3, 5]), 0.2)
     assert weighted_sum(values, weights).item() == pytest.approx(0.8 * 3.0 + 0.2 * 30.0)
-    assert weighted_sum(values, reference).item() == pytest.approx(3.0)
+    assert weighted_sum(values, own).item() == pytest.approx(3.0 + 30.0)
 
 
 @pytest.mark.parametrize("on_policy_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("source", [False, True])
 def test_token_weights_one_source_absent_gives_its_share_to_the_other(source, on_policy_weight):
     counts = torch.tensor([0, 4] if source else [4, 0])
-    weights, reference = token_weights(torch.full((4,), source), counts, on_policy_weight)
-    assert weights.tolist() == [0.25] * 4
-    assert reference.tolist() == [0.0 if source else 0.25] * 4
+    weights, own = token_weights(torch.full((4,), source), counts, on_policy_weight)
+    assert weights.tolist() == own.tolist() == [0.25] * 4
 
 
 @pytest.mark.parametrize(("on_policy_weight", "expected"), [(0.0, [0.5, 0.5, 0.0]), (1.0, [0.0, 0.0, 1.0])])
@@ -132,7 +131,7 @@ def test_token_weights_splits_of_a_step_have_the_weights_of_the_whole():
 
 
 def test_token_weights_no_tokens_at_all_are_finite():
-    weights, reference = token_weights(torch.zeros(0, dtype=torch.bool), torch.tensor([0, 0]), 0.5)
-    assert weights.shape == reference.shape == (0,)
-    weights, reference = token_weights(torch.tensor([False, True]), torch.tensor([0, 0]), 0.5)
-    assert torch.isfinite(weights).all() and torch.isfinite(reference).all()
+    weights, own = token_weights(torch.zeros(0, dtype=torch.bool), torch.tensor([0, 0]), 0.5)
+    assert weights.shape == own.shape == (0,)
+    weights, own = token_weights(torch.tensor([False, True]), torch.tensor([0, 0]), 0.5)
+    assert torch.isfinite(weights).all() and torch.isfinite(own).all()

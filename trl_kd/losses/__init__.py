@@ -10,6 +10,7 @@ from trl_kd.losses.divergences import (
 )
 from trl_kd.losses.linear import LinearLoss, Term, linear_loss
 from trl_kd.losses.moments import (
+    critic_objective,
     discount_weights,
     exact_critic,
     exact_moment,
@@ -18,6 +19,7 @@ from trl_kd.losses.moments import (
     later_returns,
     moment,
     penalised_critic,
+    saturation,
 )
 from trl_kd.losses.reduction import token_mean, weighted_sum
 
@@ -25,6 +27,7 @@ from trl_kd.losses.reduction import token_mean, weighted_sum
 __all__ = [
     "LinearLoss",
     "Term",
+    "critic_objective",
     "cross_entropy",
     "discount_weights",
     "entropy",
@@ -39,6 +42,7 @@ __all__ = [
     "moment",
     "penalised_critic",
     "reverse_kl",
+    "saturation",
     "token_mean",
     "total_variation",
     "weighted_sum",

@@ -63,13 +63,7 @@ def moment(student_logits: torch.Tensor, teacher_logits: torch.Tensor, critic_va
     tensor([0.2000])
     ```
     """
-    _check_same_shape(student_logits, teacher_logits)
-    if critic_values.shape != student_logits.shape:
-        raise ValueError(
-            f"`critic_values` has shape {tuple(critic_values.shape)} but the logits have shape "
-            f"{tuple(student_logits.shape)}. The critic must value every action of every state. Return one value per "
-            "token of the vocabulary."
-        )
+    _check_values(student_logits, teacher_logits, critic_values)
     difference = _log_probs(teacher_logits.detach()).exp() - _log_probs(student_logits).exp()
     return (difference * critic_values.detach()).sum(dim=-1)
 
@@ -199,6 +193,98 @@ def exact_penalised_moment(student_logits: torch.Tensor, teacher_logits: torch.T
     ```
     """
     return moment(student_logits, teacher_logits, penalised_critic(student_logits, teacher_logits))
+
+
+def critic_objective(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, critic_values: torch.Tensor, penalty: float
+) -> torch.Tensor:
+    r"""
+    Per-token objective that a learned critic ascends: its moment less a policy-weighted penalty.
+
+    sum_y [(pi_T - pi_S) f - (penalty / 2) (pi_T + pi_S) / 2 f^2]. Gradient flows to the critic only.
+
+    Note:
+        The penalty is ours. Without it a bounded critic saturates, keeps its sign after the student has moved past the
+        teacher, and both run in circles. Its weight, the mean of both policies, keeps it of the size of the moment
+        whatever the vocabulary. Over all functions bounded by B the worst critic is (pi_T - pi_S) / (pi_T + pi_S),
+        times 2 / penalty, clipped at B.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised student scores, any float dtype; computed in float32, or in float64. Detached.
+        teacher_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised teacher scores over the same vocabulary. Detached.
+        critic_values (`torch.Tensor` of shape `(..., V)`):
+            Value f(s, y) of each action.
+        penalty (`float`):
+            Weight of the penalty, at least 0.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: zero for a critic that is zero.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Examples:
+
+    ```python
+    >>> student = torch.tensor([[0.5, 0.5]]).log()
+    >>> teacher = torch.tensor([[0.7, 0.3]]).log()
+    >>> # the moment 0.2 less half of 0.6 * 0.25 + 0.4 * 0.25
+    >>> critic_objective(student, teacher, torch.tensor([[0.5, -0.5]]), penalty=1.0)
+    tensor([0.0750])
+    ```
+    """
+    _check_values(student_logits, teacher_logits, critic_values)
+    p_t, p_s = _log_probs(teacher_logits.detach()).exp(), _log_probs(student_logits.detach()).exp()
+    values = critic_values.to(p_t.dtype)
+    return ((p_t - p_s) * values - penalty / 4 * (p_t + p_s) * values.square()).sum(dim=-1)
+
+
+def saturation(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, critic_values: torch.Tensor
+) -> torch.Tensor:
+    r"""
+    Per-token mean size of a critic's values, over the actions that teacher and student take.
+
+    sum_y (pi_T + pi_S) / 2 |f|. Divided by the critic's bound, 1 means that it has nothing left to give.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised student scores. Detached.
+        teacher_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised teacher scores over the same vocabulary. Detached.
+        critic_values (`torch.Tensor` of shape `(..., V)`):
+            Value f(s, y) of each action. Detached.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: between 0 and the critic's bound, without gradient.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Examples:
+
+    ```python
+    >>> student = torch.tensor([[0.5, 0.5]]).log()
+    >>> teacher = torch.tensor([[0.7, 0.3]]).log()
+    >>> saturation(student, teacher, torch.tensor([[1.0, -0.5]]))  # 0.6 * 1 + 0.4 * 0.5
+    tensor([0.8000])
+    ```
+    """
+    _check_values(student_logits, teacher_logits, critic_values)
+    p_t, p_s = _log_probs(teacher_logits.detach()).exp(), _log_probs(student_logits.detach()).exp()
+    return ((p_t + p_s) / 2 * critic_values.detach().abs()).sum(dim=-1)
+
+
+def _check_values(student_logits: torch.Tensor, teacher_logits: torch.Tensor, critic_values: torch.Tensor) -> None:
+    _check_same_shape(student_logits, teacher_logits)
+    if critic_values.shape != student_logits.shape:
+        raise ValueError(
+            f"`critic_values` has shape {tuple(critic_values.shape)} but the logits have shape "
+            f"{tuple(student_logits.shape)}. The critic must value every action of every state. Return one value per "
+            "token of the vocabulary."
+        )
 
 
 def discount_weights(positions: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -72,6 +72,10 @@ class LMHead:
         """The same head without gradient."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
+    def meta(self) -> "LMHead":
+        """The same head without its numbers, to plan with."""
+        return replace(self, weight=self.weight.to("meta"), bias=None if self.bias is None else self.bias.to("meta"))
+
     @classmethod
     def of(cls, model: nn.Module) -> "LMHead":
         r"""

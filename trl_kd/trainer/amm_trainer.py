@@ -1,6 +1,11 @@
 """Adversarial moment matching."""
 
 import textwrap
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn as nn
 
 from trl_kd.losses import (
     LinearLoss,
@@ -15,7 +20,10 @@ from trl_kd.losses import (
     total_variation,
 )
 from trl_kd.trainer.amm_config import AMMConfig
+from trl_kd.trainer.amm_warnings import DriftWatch, warn_of_settings
+from trl_kd.trainer.critics import SOURCES, MomentCritics, critic_terms, make_critics, merge
 from trl_kd.trainer.kd_trainer import _KDTrainer
+from trl_kd.trainer.later_states import StateValue, later_advantages
 from trl_kd.trainer.tokens import TokenBatch
 
 
@@ -81,6 +89,7 @@ class AMMTrainer(_KDTrainer):
     _name = "AMM"
     _config_class = AMMConfig
     _eval_value = "total_variation"
+    _auxiliary_class = MomentCritics
     _objective = (
         "adversarial moment matching: the difference between teacher and student in the expected value of the next "
         "token, under the worst critic, on off-policy and on the student's own text"
@@ -99,15 +108,96 @@ class AMMTrainer(_KDTrainer):
             }"""),
     }
 
+    def __init__(self, *arguments: Any, **kwargs: Any):
+        super().__init__(*arguments, **kwargs)
+        self._seen: list[TokenBatch] = []  # of the current optimizer step, for an ascent after it
+        warn_of_settings(self.args)
+        self.add_callback(DriftWatch(self.args))
+
+    # Critics
+
+    @property
+    def learns_critic(self) -> bool:
+        """Whether the critics are value heads."""
+        return self.args.critic == "value_head"
+
+    def auxiliary_modules(self) -> dict[str, nn.Module]:
+        """The critics, and the baseline of later costs if it is learned."""
+        args, modules = self.args, {}
+        teacher_head, width = self.teacher.head, self.model.get_output_embeddings().in_features
+        if self.learns_critic:
+            modules |= make_critics(args, width, teacher_head, self.accelerator.device)
+        if args.on_policy_gradient == "full" and args.later_baseline == "value":
+            modules["state_value"] = StateValue(width + teacher_head.weight.shape[1] + 5)
+        return modules
+
+    # One optimizer step
+
+    def looks_ahead(self) -> bool:
+        """Whether critics rise, or later costs are compared, before the student's first loss."""
+        args = self.args
+        return (self.learns_critic and args.critic_order == "before") or args.on_policy_gradient == "full"
+
+    def prepare_step(self, tokens: list[TokenBatch]) -> list[dict[str, torch.Tensor]]:
+        """The critics' ascent, and the advantages of the later states."""
+        args = self.args
+        if self.learns_critic and args.critic_order == "before":
+            self.ascend(tokens)
+        if args.on_policy_gradient != "full":
+            return [{} for _ in tokens]
+        state_value = self.auxiliary.modules["state_value"] if args.later_baseline == "value" else None
+        advantages = later_advantages(tokens, args, self.accelerator, state_value)
+        for batch, part in zip(tokens, advantages, strict=True):
+            self._sums["train"].add("kd/on_policy/advantage_size", part.abs().sum(), batch.is_on_policy.sum())
+        return [{"advantage": part} for part in advantages]
+
+    def ascend(self, tokens: list[TokenBatch]) -> None:
+        """The critics look for the worst case on these tokens."""
+        for name, (total, weight) in self.auxiliary.ascend(tokens).items():
+            self._sums["train"].add(name, total, weight)
+
+    def _before_optimizer_step(self) -> None:
+        super()._before_optimizer_step()
+        if self._seen:
+            tokens, self._seen = self._seen, []
+            self.ascend(tokens)
+
     def token_loss(self, tokens: TokenBatch) -> LinearLoss:
         """Both moments of one micro-batch, and the additional losses, on the same logits."""
+        if not self.learns_critic:
+            return self._game(tokens, {"moment": Term(_MOMENTS[self.args.critic], weights=self._discounted(tokens))})
+        if not len(tokens.labels):
+            return self._game(tokens, {})
+        if self.model.training and self.args.critic_order == "after":
+            self._seen.append(tokens.detach())
+        # d_off and d_on have a critic each
+        parts = {source: tokens.of_source(source == "on_policy") for source in SOURCES}
+        results = {source: self._game_of(source, part) for source, part in parts.items() if len(part.labels)}
+        return merge(results, tokens.is_on_policy)
+
+    def _game_of(self, source: str, tokens: TokenBatch) -> LinearLoss:
+        """The student's side of the game on the tokens of one source, against its learned critic."""
+        if source not in self.auxiliary.modules:  # evaluation, after training on rollouts alone
+            return self._game(tokens, {})
+        states, head = self.auxiliary.pair(source, tokens)
+        tokens = replace(tokens, pairs=tokens.pairs | {"critic": (states.detach(), head.detach())})
+        result = self._game(tokens, critic_terms(self._discounted(tokens)))
+        # Share of the largest moment, 2 B TV, that this critic sees
+        largest = 2 * self.args.critic_bound * result.values["total_variation"].sum()
+        sums = self._sums["train" if self.model.training else "eval"]
+        sums.add(f"kd/{source}/tightness", result.values["moment"].sum(), largest)
+        return result
+
+    def _discounted(self, tokens: TokenBatch) -> torch.Tensor:
+        """Weights of d_off and d_on: they mix the sources."""
+        if self.args.gamma == 1.0:
+            return tokens.weights
+        return tokens.weights * discount_weights(tokens.positions, self.args.gamma).to(tokens.weights.dtype)
+
+    def _game(self, tokens: TokenBatch, terms: dict[str, Term]) -> LinearLoss:
+        """What every critic's terms are joined by."""
         args = self.args
-        weights = tokens.weights
-        if args.gamma != 1.0:
-            weights = weights * discount_weights(tokens.positions, args.gamma).to(weights.dtype)
-        terms = {
-            # d_off and d_on: the weights mix the sources
-            "moment": Term(_MOMENTS[args.critic], weights=weights),
+        terms = terms | {
             "total_variation": Term(total_variation),
             "student_entropy": Term(entropy, ("student",)),
             "teacher_entropy": Term(entropy, ("teacher",)),
@@ -117,4 +207,11 @@ class AMMTrainer(_KDTrainer):
             terms["nll"] = Term(cross_entropy, ("student", "labels"), reference)
         if args.kl_loss_weight > 0:
             terms["forward_kl"] = Term(forward_kl, weights=args.kl_loss_weight * tokens.weights)
-        return linear_loss(tokens.pairs, terms, tokens.labels, args.loss_chunk_size)
+        if "advantage" in tokens.step_values:
+            # later_weight * mean_t A_t log pi_S(y_t | s_t), ramped in
+            share = args.later_weight * min(1.0, (self.state.global_step + 1) / max(args.later_warmup_steps, 1))
+            weights = -share * self._discounted(tokens) * tokens.step_values["advantage"]
+            terms["later_states"] = Term(cross_entropy, ("student", "labels"), weights)
+        result = linear_loss(tokens.pairs, terms, tokens.labels, args.loss_chunk_size)
+        result.values.pop("later_states", None)  # a likelihood, of which the weights make a gradient
+        return result

@@ -85,11 +85,9 @@ class AuxiliaryModules:
         """Write modules, optimizer and schedule to a checkpoint, whole or not at all."""
         if not self:
             return
-        state = {
-            "modules": self.modules.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-        }
+        state = {"modules": self.modules.state_dict()}
+        if self.optimizer is not None:
+            state |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
         path = os.path.join(folder, AUXILIARY_FILE)
         torch.save(state, path + ".tmp")
         os.replace(path + ".tmp", path)

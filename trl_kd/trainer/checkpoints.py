@@ -3,8 +3,12 @@
 import json
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 from transformers.utils import logging
+
+from trl_kd._compat import rotate_checkpoints
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +34,34 @@ def unmark(folder: str) -> None:
     """Take the declaration back, before files in `folder` are overwritten."""
     if is_complete(folder):
         os.remove(os.path.join(folder, MARKER))
+
+
+def save_whole(trainer: Any, folder: str, save: Callable[[], None]) -> None:
+    r"""
+    Save a checkpoint by `save`, then declare it complete, and only then delete older ones.
+
+    Args:
+        trainer ([`_KDTrainer`]):
+            The trainer.
+        folder (`str`):
+            The checkpoint.
+        save (`Callable`):
+            Writes everything.
+    """
+    args = trainer.args
+    limit, args.save_total_limit = args.save_total_limit, None
+    if args.should_save:
+        unmark(folder)
+    try:
+        save()
+    finally:
+        args.save_total_limit = limit
+    if args.save_only_model:  # `load_best_model_at_end` needs the auxiliary modules all the same
+        trainer.save_state_to(folder)
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        mark(folder, trainer.state.global_step)
+        rotate_checkpoints(os.path.dirname(folder), limit, trainer.state.best_model_checkpoint)
 
 
 def resolve(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:

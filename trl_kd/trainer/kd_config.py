@@ -215,6 +215,10 @@ class KDConfig(SFTConfig):
                 "train off-policy: `lmbda=0` with completions from the dataset."
             )
 
+    def unread(self) -> tuple[str, ...]:
+        """Prefixes of fields that nothing reads under these settings."""
+        return ()
+
     def _refuse_ignored_options(self) -> None:
         """Options of SFTConfig that belong to its own loss: refused, since nothing would come of them."""
         for name, accepted, reason in (

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +21,16 @@ from trl_kd.trainer.auxiliary import AuxiliaryModules, StepHooks
 from trl_kd.trainer.completions import log_completions, with_teacher_completions
 from trl_kd.trainer.health import Health
 from trl_kd.trainer.kd_config import KDConfig
+from trl_kd.trainer.lookahead import look_ahead
 from trl_kd.trainer.metrics import MetricSums
-from trl_kd.trainer.tokens import TokenBatch, count_tokens, select_tokens, token_weights
+from trl_kd.trainer.tokens import (
+    SelectedTokens,
+    TokenBatch,
+    count_tokens,
+    model_inputs,
+    select_tokens,
+    token_weights,
+)
 
 
 class _KDTrainer(_compat.hooked_sft_trainer()):
@@ -35,6 +44,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     _config_class = KDConfig
     _objective = ""  # one sentence for the model card
     _eval_value = ""  # per-token value of `token_loss` that `eval_loss` averages over off-policy tokens
+    _auxiliary_class = AuxiliaryModules
 
     def __init__(
         self,
@@ -86,7 +96,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
             )
         self._set_up_models()
         self._set_up_rollouts(train_dataset, collator)
-        self.auxiliary = AuxiliaryModules(self.auxiliary_modules(), self.args, self.accelerator)
+        self.auxiliary = self._auxiliary_class(self.auxiliary_modules(), self.args, self.accelerator)
         self.add_callback(StepHooks(self._before_optimizer_step))
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._health = Health(self.accelerator)
@@ -102,6 +112,14 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     def auxiliary_modules(self) -> dict[str, nn.Module]:
         """Modules that are trained jointly with the student but are no part of it."""
         return {}
+
+    def looks_ahead(self) -> bool:
+        """Whether `prepare_step` must see all tokens of an optimizer step before its first `token_loss`."""
+        return False
+
+    def prepare_step(self, tokens: list[TokenBatch]) -> list[dict[str, torch.Tensor]]:
+        """Per-token values of each micro-batch that `token_loss` finds in `tokens.step_values`."""
+        raise NotImplementedError
 
     # Set-up
 
@@ -158,6 +176,8 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
             self._sums["train"].add(f"kd/{source}/tokens", count)
         for batch in batches:
             batch["token_counts"] = counts
+        if len(batches) > 1 and self.looks_ahead():
+            look_ahead(self, batches)
         return batches, counts.sum()
 
     def write_with_student(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
@@ -178,35 +198,47 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        arguments = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
+        student = self.accelerator.unwrap_model(model)
         selected = select_tokens(inputs)
-        is_step = "token_counts" in inputs  # evaluation counts its own batch
-        counts = inputs["token_counts"] if is_step else count_tokens(inputs)
-        weights = token_weights(selected.is_on_policy, counts, self.args.on_policy_weight)
-        if is_step:
-            # DDP averages gradients over ranks, and the counts are those of all ranks
-            weights = tuple(weight * self.accelerator.num_processes for weight in weights)
-        with self.accelerator.autocast():
-            teacher_hidden = self.teacher.hidden_states(**arguments)[:, :-1][selected.mask]
+        teacher_hidden = inputs.get("teacher_hidden")
+        if teacher_hidden is None:
+            with self.accelerator.autocast():
+                teacher_hidden = self.teacher.hidden_states(**model_inputs(inputs))[:, :-1][selected.mask]
 
         def student_loss() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            hidden = last_hidden_states(student, **arguments)[:, :-1][selected.mask]
-            head = LMHead.of(student).cut(self.vocab_size)
-            pairs = {"student": (hidden, head), "teacher": (teacher_hidden, self.teacher.head)}
-            tokens = TokenBatch(pairs, selected.labels, *weights, selected.is_on_policy, selected.positions)
+            tokens = self.read_tokens(student, inputs, selected, teacher_hidden)
             # accelerate's autocast is part of the forward that is replaced here
             with self.accelerator.autocast():
+                if "token_counts" in inputs and "step_values" not in inputs and self.looks_ahead():
+                    # The step has this micro-batch only
+                    tokens = replace(tokens, step_values=self.prepare_step([tokens.detach()])[0])
                 result = self.token_loss(tokens)
-            return result.loss, hidden.detach(), result.values
+            return result.loss, tokens.pairs["student"][0].detach(), result.values
 
-        student = self.accelerator.unwrap_model(model)
         loss, hidden, values = _compat.run_inside_forward(model, student, student_loss)
         self._health.watch(loss.detach(), hidden, teacher_hidden)
         self._sums["train" if self.model.training else "eval"].add_by_source(values, selected.is_on_policy)
         if return_outputs:  # `compute_metrics` of the caller
             with torch.no_grad():
-                return loss, model(**arguments)
+                return loss, model(**model_inputs(inputs))
         return loss
+
+    def read_tokens(
+        self, student: nn.Module, inputs: dict, selected: SelectedTokens, teacher_hidden: torch.Tensor
+    ) -> TokenBatch:
+        """The student's forward; only valid inside of the forward of its wrapper."""
+        counts = inputs.get("token_counts")  # evaluation counts its own batch
+        shares = token_weights(
+            selected.is_on_policy, count_tokens(inputs) if counts is None else counts, self.args.on_policy_weight
+        )
+        if counts is not None:
+            # DDP averages gradients over ranks, and the counts are those of all ranks
+            shares = tuple(share * self.accelerator.num_processes for share in shares)
+        hidden = last_hidden_states(student, **model_inputs(inputs))[:, :-1][selected.mask]
+        head = LMHead.of(student).cut(self.vocab_size)
+        pairs = {"student": (hidden, head), "teacher": (teacher_hidden, self.teacher.head)}
+        found = inputs.get("step_values", {})
+        return TokenBatch(pairs, selected.labels, *shares, selected.is_on_policy, selected.positions, found)
 
     def _before_optimizer_step(self) -> None:
         self._health.check(self.teacher)
@@ -255,19 +287,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
 
     def checkpoint(self, folder: str, save: Callable[[], None]) -> None:
         """Save by `save`, then declare the folder complete, and only then delete older ones."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        if self.args.should_save:
-            checkpoints.unmark(folder)
-        try:
-            save()
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.save_only_model:  # `load_best_model_at_end` needs the auxiliary modules all the same
-            self.save_state_to(folder)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.mark(folder, self.state.global_step)
-            _compat.rotate_checkpoints(os.path.dirname(folder), limit, self.state.best_model_checkpoint)
+        checkpoints.save_whole(self, folder, save)
 
     def save_state_to(self, folder: str) -> None:
         """Save what this package trains beside the student."""
@@ -287,9 +307,4 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            card = os.path.join(self.args.output_dir, "README.md")
-            student = _compat.config_model_id(self.model)
-            settings = model_card.settings_of(self.args, with_auxiliary=bool(self.auxiliary))
-            model_card.add_distillation_section(
-                card, settings, self._name, self._objective, self.teacher.name, student
-            )
+            model_card.add_distillation_section(self)

@@ -8,6 +8,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 from trl import SFTConfig
 
+from trl_kd._compat import config_model_id
+
 
 _MARK = "### Framework versions"
 
@@ -28,7 +30,8 @@ def settings_of(args: Any, with_auxiliary: bool) -> dict[str, Any]:
     known = {field.name for field in fields(SFTConfig)}
     known |= {"teacher_model_name_or_path", "log_completions", "num_completions_to_print"}
     names = [field.name for field in fields(args) if field.name not in known]
-    names = [name for name in names if with_auxiliary or not name.startswith("aux_")]
+    unread = args.unread() + (() if with_auxiliary else ("aux_",))
+    names = [name for name in names if not name.startswith(unread)]
     names += ["learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"]
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "teacher_model_init_kwargs" in settings:
@@ -38,33 +41,24 @@ def settings_of(args: Any, with_auxiliary: bool) -> dict[str, Any]:
     return settings
 
 
-def add_distillation_section(
-    path: str, settings: dict[str, Any], name: str, objective: str, teacher: str, student: str
-) -> None:
+def add_distillation_section(trainer: Any) -> None:
     r"""
-    Write method, teacher and settings into a card that TRL made.
+    Write method, teacher and settings into the card that TRL made.
 
     Args:
-        path (`str`):
-            The card, `README.md`.
-        settings (`dict[str, Any]`):
-            What to list.
-        name (`str`):
-            Name of the method.
-        objective (`str`):
-            One sentence on what was minimised.
-        teacher (`str`):
-            Name or path of the teacher; empty if it was built in memory.
-        student (`str`):
-            Name or path of the student before training.
+        trainer ([`_KDTrainer`]):
+            The trainer, whose output folder has a `README.md`.
     """
+    path = os.path.join(trainer.args.output_dir, "README.md")
+    student = config_model_id(trainer.model)
+    settings = settings_of(trainer.args, with_auxiliary=bool(trainer.auxiliary))
     rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in settings.items())
     section = (
         f"### Distillation\n\n"
-        f"- Method: {name}, with trl_kd {version('trl_kd')}\n"
-        f"- Teacher: {_named(teacher)}\n"
+        f"- Method: {trainer._name}, with trl_kd {version('trl_kd')}\n"
+        f"- Teacher: {_named(trainer.teacher.name)}\n"
         f"- Student before distillation: {_named(student)}\n"
-        f"- Objective: {objective}\n\n"
+        f"- Objective: {trainer._objective}\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n\n"
     )
     card = ModelCard.load(path)

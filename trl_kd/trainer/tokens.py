@@ -1,6 +1,6 @@
 """From a batch of rows to the tokens that a loss is computed on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,20 +21,48 @@ class TokenBatch:
         weights (`torch.Tensor` of shape `(N,)`):
             Share of each token in the loss of the optimizer step: sources are averaged, each over its own tokens, then
             mixed.
-        reference_weights (`torch.Tensor` of shape `(N,)`):
-            The same for a loss on off-policy tokens alone; zero for on-policy tokens.
+        source_weights (`torch.Tensor` of shape `(N,)`):
+            Share of each token in the mean of its own source, before the sources are mixed.
         is_on_policy (`torch.Tensor` of shape `(N,)`):
             Whether the student wrote the token.
         positions (`torch.Tensor` of shape `(N,)`):
             Number of trained tokens before it in its row.
+        step_values (`dict[str, torch.Tensor]`, *optional*):
+            What the method's `prepare_step` found for these tokens, by name, of shape `(N,)`.
     """
 
     pairs: dict[str, tuple[torch.Tensor, LMHead]]
     labels: torch.Tensor
     weights: torch.Tensor
-    reference_weights: torch.Tensor
+    source_weights: torch.Tensor
     is_on_policy: torch.Tensor
     positions: torch.Tensor
+    step_values: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def reference_weights(self) -> torch.Tensor:
+        """Weights for a loss on off-policy tokens alone, `(N,)`; zero for on-policy tokens."""
+        return torch.where(self.is_on_policy, 0.0, self.source_weights)
+
+    def detach(self) -> "TokenBatch":
+        """The same tokens without gradient."""
+        pairs = {name: (hidden.detach(), head.detach()) for name, (hidden, head) in self.pairs.items()}
+        return replace(self, pairs=pairs)
+
+    def of_source(self, on_policy: bool) -> "TokenBatch":
+        """The tokens of one source."""
+        chosen = self.is_on_policy if on_policy else ~self.is_on_policy
+        rows = chosen.nonzero().squeeze(1)
+        return replace(
+            self,
+            pairs={name: (hidden[rows], head) for name, (hidden, head) in self.pairs.items()},
+            labels=self.labels[rows],
+            weights=self.weights[rows],
+            source_weights=self.source_weights[rows],
+            is_on_policy=self.is_on_policy[rows],
+            positions=self.positions[rows],
+            step_values={name: value[rows] for name, value in self.step_values.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -60,6 +88,11 @@ def select_tokens(inputs: dict[str, torch.Tensor]) -> SelectedTokens:
     return SelectedTokens(mask, labels[mask], on_policy[mask], before[mask])
 
 
+def model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a model's forward takes of a batch."""
+    return {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
+
+
 def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Numbers of trained tokens by source, of shape (2,): off-policy, on-policy."""
     per_row = (inputs["labels"][:, 1:] != -100).sum(dim=1)
@@ -82,10 +115,10 @@ def token_weights(
             Share of the on-policy mean. A source that is absent from the step gives its share to the other.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shapes `(N,)`: mixed weights, and weights for off-policy tokens alone.
+        `tuple[torch.Tensor, torch.Tensor]` of shapes `(N,)`: mixed weights, and weights of the mean of each source.
     """
     off, on = counts.float().unbind()
     share_on = torch.where((off > 0) & (on > 0), on_policy_weight, (on > 0).float())
     weight_off, weight_on = 1.0 / off.clamp_min(1), 1.0 / on.clamp_min(1)
     weights = torch.where(is_on_policy, share_on * weight_on, (1.0 - share_on) * weight_off)
-    return weights, torch.where(is_on_policy, 0.0, weight_off)
+    return weights, torch.where(is_on_policy, weight_on, weight_off)

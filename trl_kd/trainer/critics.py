@@ -1,0 +1,223 @@
+"""The ascent of learned moment critics: their own steps of Adam, once per optimizer step, on all of its tokens."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+from transformers.utils import logging
+
+from trl_kd.losses import (
+    LinearLoss,
+    Term,
+    critic_objective,
+    discount_weights,
+    linear_loss,
+    moment,
+    saturation,
+    total_variation,
+)
+from trl_kd.modules import LMHead, ValueHead, critic_features, planned_bytes
+from trl_kd.trainer.auxiliary import AuxiliaryModules
+from trl_kd.trainer.tokens import TokenBatch
+
+
+logger = logging.get_logger(__name__)
+
+SOURCES = ("off_policy", "on_policy")
+_CRITIC_INPUTS = ("student", "teacher", "critic")
+
+
+def make_critics(args: Any, student_width: int, teacher_head: LMHead, device: torch.device) -> dict[str, ValueHead]:
+    r"""
+    A value head for each source that training has, if they fit.
+
+    Args:
+        args ([`AMMConfig`]):
+            Configuration with the `critic_*` fields.
+        student_width (`int`):
+            Width of the student's last hidden states.
+        teacher_head ([`LMHead`]):
+            The teacher's output head, cut to the shared vocabulary.
+        device (`torch.device`):
+            Where they will live.
+
+    Returns:
+        `dict[str, ValueHead]`: by source.
+
+    Raises:
+        ValueError: If they take more memory than is free.
+    """
+    widths = {"teacher": teacher_head.weight.shape[1], "student": student_width}
+    widths["both"] = sum(widths.values())
+    arguments = {
+        "head": args.critic_head,
+        "num_features": widths[args.critic_features],
+        "embeddings": teacher_head,
+        "bound": args.critic_bound,
+        "rank": args.critic_rank,
+    }
+    sources = [name for name, share in zip(SOURCES, (1.0 - args.lmbda, args.lmbda), strict=True) if share > 0]
+    plan = teacher_head.meta()
+    sizes = {
+        head: len(sources) * planned_bytes(**(arguments | {"head": head, "embeddings": plan}))
+        for head in ("full", "low_rank", "tied")
+    }
+    size, free = sizes[args.critic_head], free_memory(device)
+    if free is not None and size > free:
+        others = ", ".join(f'"{head}": {_gigabytes(n)}' for head, n in sizes.items() if n < size)
+        raise ValueError(
+            f'The critics with `critic_head="{args.critic_head}"` take {_gigabytes(size)} with gradients and Adam, '
+            f'but {_gigabytes(free)} are free on {device}. Take another head ({others}), or `critic="exact"`, which '
+            "takes none."
+        )
+    logger.info(f"The {len(sources)} critics take {_gigabytes(size)} with gradients and Adam.")
+    return {name: ValueHead(**arguments, seed=index) for index, name in enumerate(sources)}
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device; `None` where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+class MomentCritics(AuxiliaryModules):
+    r"""
+    Critics, one for each source, with their optimizer. They rise; the student never gives them a gradient.
+
+    Gradients are summed over all micro-batches and ranks before each step, so that the result does not depend on how
+    an optimizer step is split.
+    """
+
+    def start(self, num_training_steps: int) -> None:
+        """Make the optimizer."""
+        parameters = list(self.modules.parameters())
+        if parameters:  # a baseline of returns has none
+            args = self.args
+            self.optimizer = torch.optim.Adam(
+                parameters, lr=args.critic_learning_rate, betas=tuple(map(float, args.critic_betas))
+            )
+            self.scheduler = get_scheduler("constant", self.optimizer)
+
+    def step(self) -> dict[str, torch.Tensor]:
+        """Nothing: critics do not step with the student, but by `ascend`."""
+        return {}
+
+    def pair(self, source: str, tokens: TokenBatch) -> tuple[torch.Tensor, LMHead]:
+        """States and head of a source's critic at these tokens, for `linear_loss`."""
+        return self.modules[source].pair(self.features(tokens), tokens.pairs["teacher"][1])
+
+    def features(self, tokens: TokenBatch) -> torch.Tensor:
+        """What the critics see of these tokens, `(N, H)`."""
+        names = {"teacher": ("teacher",), "student": ("student",), "both": ("teacher", "student")}
+        return critic_features(*(tokens.pairs[name][0] for name in names[self.args.critic_features]))
+
+    @torch.enable_grad()
+    def ascend(self, tokens: list[TokenBatch]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        r"""
+        Take the K steps of all critics.
+
+        Args:
+            tokens (`list[TokenBatch]`):
+                All micro-batches of this rank's optimizer step, detached.
+
+        Returns:
+            `dict[str, tuple[torch.Tensor, torch.Tensor]]`: sums and weights to log. The moments are those before the
+            first step, when the critics have not seen these tokens.
+        """
+        critics = [name for name in SOURCES if name in self.modules]
+        rows = {name: [batch.of_source(name == "on_policy") for batch in tokens] for name in critics}
+        features = {name: [self.features(batch) for batch in batches] for name, batches in rows.items()}
+        report = {}
+        for index in range(self.args.critic_steps):
+            is_first = index == 0
+            for name in critics:
+                values = [self._backward(name, *each) for each in zip(rows[name], features[name], strict=True)]
+                if is_first:
+                    report |= self._unseen(name, {key: torch.cat([v[key] for v in values]) for key in values[0]})
+            grad_norm = self._step()
+            if is_first:
+                report["kd/critic_grad_norm"] = (grad_norm, torch.ones(()))
+        report["kd/critic_learning_rate"] = (torch.tensor(self.scheduler.get_last_lr()[0]), torch.ones(()))
+        return report
+
+    def _backward(self, name: str, batch: TokenBatch, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gradient of a critic's objective on some rows; the values of its moment before the step."""
+        args = self.args
+        head = batch.pairs["teacher"][1]
+        weights = batch.source_weights
+        if args.gamma != 1.0:
+            weights = weights * discount_weights(batch.positions, args.gamma).to(weights.dtype)
+
+        def objective(student: torch.Tensor, teacher: torch.Tensor, critic: torch.Tensor) -> torch.Tensor:
+            return critic_objective(student, teacher, critic, args.critic_penalty)
+
+        terms = {
+            "objective": Term(objective, _CRITIC_INPUTS, -weights),
+            "moment": Term(moment, _CRITIC_INPUTS),
+            "total_variation": Term(total_variation),
+        }
+        with self.accelerator.autocast():
+            pairs = batch.pairs | {"critic": self.modules[name].pair(features, head)}
+            result = linear_loss(pairs, terms, chunk_size=args.loss_chunk_size)
+        result.loss.backward()
+        return result.values
+
+    def _unseen(self, name: str, values: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        count = torch.tensor(values["moment"].numel())
+        total = values["moment"].sum()
+        largest = 2 * self.args.critic_bound * values["total_variation"].sum()
+        return {
+            f"kd/{name}/unseen_moment": (total, count),
+            f"kd/{name}/unseen_tightness": (total, largest),
+            f"kd/{name}/critic_objective": (values["objective"].sum(), count),
+        }
+
+    def _step(self) -> torch.Tensor:
+        """One step of Adam on the gradient of all ranks; its norm."""
+        parameters = list(self.modules.parameters())
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                # The mean: row weights are times the number of ranks already
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return grad_norm
+
+
+def critic_terms(weights: torch.Tensor) -> dict[str, Term]:
+    """The student's side of the game under a learned critic, on pairs that hold it."""
+    return {"moment": Term(moment, _CRITIC_INPUTS, weights), "saturation": Term(saturation, _CRITIC_INPUTS)}
+
+
+def merge(results: dict[str, LinearLoss], is_on_policy: torch.Tensor) -> LinearLoss:
+    r"""
+    One result from those of the sources of a micro-batch.
+
+    Args:
+        results (`dict[str, LinearLoss]`):
+            By source, of the sources that have tokens.
+        is_on_policy (`torch.Tensor` of shape `(N,)`):
+            Source of each token.
+
+    Returns:
+        [`LinearLoss`]: the sum, and the values that all sources have, in the order of the tokens.
+    """
+    names = set.intersection(*(set(result.values) for result in results.values()))
+    values = {}
+    for name in sorted(names):
+        parts = {source: result.values[name] for source, result in results.items()}
+        values[name] = torch.zeros(
+            len(is_on_policy), dtype=next(iter(parts.values())).dtype, device=is_on_policy.device
+        )
+        for source, part in parts.items():
+            values[name].masked_scatter_(is_on_policy == (source == "on_policy"), part)
+    return LinearLoss(torch.stack([result.loss for result in results.values()]).sum(), values)
