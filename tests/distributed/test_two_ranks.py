@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.worker import NUMBERS
+from tests.distributed.worker import NUMBERS, VLLM_RUNS
 from tests.trainer.runs import ProjectingTrainer, config, logged, pair, tiny_dataset
 
 
@@ -46,3 +46,32 @@ def test_two_ranks_stay_equal_and_resume_to_the_same_bits(tmp_path):
             assert resumed[name][-3:] == whole[name][-3:], name
         assert resumed["weights"] == whole["weights"]
     assert [report["weights"] for report in first] == [report["weights"] for report in second]
+
+
+@pytest.fixture(scope="module")
+def vllm_ranks(tmp_path_factory):
+    """What each of two ranks reports, by run."""
+    return [dict(zip(VLLM_RUNS, reports, strict=True)) for reports in launch("vllm", tmp_path_factory.mktemp("vllm"))]
+
+
+def test_two_ranks_write_by_vllm_what_they_write_by_generate(vllm_ranks):
+    first, second = vllm_ranks
+    for mode, lmbda, temperature in VLLM_RUNS:
+        run = (mode, lmbda, temperature)
+        if mode == "generate" or temperature > 0:
+            continue
+        for rank in (first, second):
+            for name in NUMBERS:
+                assert rank[run][name] == pytest.approx(rank["generate", lmbda, 0.0][name], rel=1e-5), (run, name)
+        # One call of each rank per step, for three rows of four, or for two that are all on one rank
+        asked = list(zip(first[run]["asked"], second[run]["asked"], strict=True))
+        assert len(asked) == 2 and {sum(pair) for pair in asked} == {4 * lmbda}
+        assert any(0 in pair for pair in asked) == (lmbda == 0.5)
+
+
+def test_two_ranks_of_one_vllm_draw_the_same_and_of_two_not(vllm_ranks):
+    first, second = vllm_ranks
+    together, alone = ("tensor parallel", 0.75, 1.0), ("colocate", 0.75, 1.0)
+    assert len(first[together]["written"]) == 8 and first[together]["written"] == second[together]["written"]
+    assert [len(rank[alone]["written"]) for rank in vllm_ranks] == [4, 4]
+    assert len({seed for rank in vllm_ranks for seed in rank[alone]["seeds"]}) == 4  # two steps each

@@ -2,20 +2,34 @@
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
+import pytest
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from tests import conftest  # noqa: F401  (environment and threads)
 from tests.tiny import make_tokenizer
 from tests.trainer.runs import ProjectingTrainer, config, logged, pair, state_of, tiny_dataset
+from tests.vllm import install
 
 
 NUMBERS = ["loss", "grad_norm", "kd/aux_grad_norm", "kd/on_policy/completion_length"]
 NUMBERS += [
     f"kd/{source}/{name}" for source in ("off_policy", "on_policy") for name in ("tokens", "moment", "distance")
 ]
+VLLM_MODES = {
+    "generate": {},
+    "server": {"use_vllm": True, "vllm_mode": "server"},
+    "colocate": {"use_vllm": True},
+    "tensor parallel": {"use_vllm": True, "vllm_tensor_parallel_size": 2},
+}
+# Mode, share of the student, temperature; a step has four rows
+VLLM_RUNS = [(mode, 0.75, 0.0) for mode in VLLM_MODES]
+VLLM_RUNS += [(mode, 0.5, 0.0) for mode in ("generate", "server")]
+VLLM_RUNS += [(mode, 0.75, 1.0) for mode in ("colocate", "tensor parallel")]
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random"}
 
 
@@ -53,8 +67,32 @@ def run(folder: Path, lora: bool = False, resume: str | bool = False, killed: bo
     return report | {"rank": rank, "rollouts": len(written), "weights": digest.hexdigest()}
 
 
+def run_vllm(folder: Path, mode: str, lmbda: float, temperature: float = 0.0) -> dict:
+    """Train with a stand-in for vLLM, two rows per step; what this rank asked for, and what its engine wrote."""
+    tokenizer = make_tokenizer()
+    student, teacher = pair(tokenizer)
+    path = folder / f"student-{os.environ['RANK']}"
+    student.save_pretrained(path)
+    student = AutoModelForCausalLM.from_pretrained(path)
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 5e-2}
+    args = config(folder, lmbda=lmbda, temperature=temperature, **options, **VLLM_MODES[mode])
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch.setattr, str(path))
+        trainer = ProjectingTrainer(student, teacher, args, tiny_dataset(), processing_class=tokenizer)
+        write, asked = trainer.write_with_student, []
+        trainer.write_with_student = lambda prompts, seed: asked.append(len(prompts)) or write(prompts, seed)
+        trainer.train()
+    parts = vars(write.generation) if args.use_vllm else {}
+    engine = parts.get("llm") or parts.get("vllm_client")  # the client of the first rank alone
+    report = {"rank": trainer.accelerator.process_index, "asked": asked}
+    report |= {"written": engine.written, "seeds": engine.seeds} if engine else {}
+    return report | {name: logged(trainer, name) for name in NUMBERS}
+
+
 def main(scenario: str, folder: Path) -> None:
-    if scenario == "norm":
+    if scenario == "vllm":
+        reports = [run_vllm(folder, *run) for run in VLLM_RUNS]
+    elif scenario == "norm":
         reports = [run(folder, max_steps=2, temperature=0.0, learning_rate=1e-3)]
     else:
         reports = []

@@ -483,6 +483,36 @@ def test_rollout_writer_last_micro_batch_may_be_smaller():
     assert [row["is_on_policy"] for row in result] == draw_on_policy(7, 0.5, seed=0, step=5)
 
 
+@pytest.mark.parametrize("lmbda", [0.5, 1.0])
+def test_rollout_writer_at_once_makes_the_same_rows_in_one_call(lmbda):
+    rows = data_rows(8, with_completion=lambda index: index % 3 == 0)
+    students, result = {True: Writer(48), False: Writer(48)}, {}
+    for at_once, student in students.items():
+        writer = rollout_writer(lmbda=lmbda, rank=1, world_size=2, at_once=at_once)
+        result[at_once] = replaced_rows(writer.replace(batches_of(rows, 2), 3, student, Writer(49)))
+    assert result[True] == result[False]
+    assert len(students[True].seeds) == 1 and students[True].prompts == students[False].prompts
+
+
+def test_rollout_writer_at_once_calls_the_student_without_prompts_too():
+    # Another rank may have some
+    batches, calls = batches_of(data_rows(2), 2), []
+    writer = rollout_writer(lmbda=1e-6, at_once=True)
+    (batch,) = writer.replace(batches, 0, lambda prompts, seed: calls.append(prompts) or [], Writer(49))
+    assert calls == [[]] and batch is batches[0]
+
+
+def test_rollout_writer_at_once_seeds_differ_by_step_and_rank():
+    seeds = []
+    for step in (0, 1):
+        for rank in (0, 1):
+            student = Writer(48)
+            writer = rollout_writer(rank=rank, world_size=2, at_once=True)
+            writer.replace(batches_of(data_rows(8), 4), step, student, Writer(49))
+            seeds += student.seeds
+    assert len(set(seeds)) == len(seeds) == 4
+
+
 def test_rollout_writer_last_lists_are_of_the_last_step():
     writer = rollout_writer(lmbda=1.0)
     writer.replace(batches_of(data_rows(8), 4), 0, Writer(48), Writer(49))

@@ -240,6 +240,7 @@ def test_adapter_on_lm_head_raises(tokenizer, tmp_path):
         ({"lmbda": 1.5}, r"`lmbda` is 1.5, but it is a share of rows. Set it in \[0, 1\]"),
         ({"on_policy_weight": -0.1}, "`on_policy_weight` is -0.1"),
         ({"off_policy_source": "web"}, "`off_policy_source` is 'web', which does not exist"),
+        ({"vllm_mode": "cloud"}, "`vllm_mode` is 'cloud', which does not exist. Choose one of 'colocate', 'server'"),
         ({"top_p": 0.0}, r"`top_p` is 0.0, but it is a probability mass. Set it in \(0, 1\]"),
         ({"temperature": -1.0}, "`temperature` is -1.0, but it is a sampling temperature. Set it non-negative"),
         ({"max_completion_length": 0}, "`max_completion_length` is 0"),

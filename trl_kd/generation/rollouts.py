@@ -1,6 +1,7 @@
 """Sampling completions, and putting them in the place of dataset rows before the tokens of a step are counted."""
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ class Sampling:
         repetition_penalty (`float`, *optional*, defaults to `1.0`):
             Penalty on tokens that occurred already; `1.0` for none.
         generation_kwargs (`dict[str, Any]`, *optional*):
-            Further fields of [`~transformers.GenerationConfig`]; they win over the fields above.
+            Further fields of [`~transformers.GenerationConfig`], or of vLLM's `SamplingParams` where vLLM writes; they
+            win over the fields above.
     """
 
     max_completion_length: int = 256
@@ -97,7 +99,7 @@ def rollout_seed(*numbers: int) -> int:
 
 
 @contextmanager
-def _forked_rng(device: torch.device, seed: int) -> Iterator[None]:
+def forked_rng(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the generators that sampling uses; give them back as they were."""
     # `manual_seed` seeds every device of the kind, so all of them are kept
     kind = "cuda" if device.type == "cpu" else device.type
@@ -154,7 +156,7 @@ def generate_completions(
     was_training = model.training
     model.eval()
     try:
-        with _forked_rng(device, seed), swapped_generation_config(model, config):
+        with forked_rng(device, seed), swapped_generation_config(model, config):
             output = model.generate(
                 input_ids=torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(masks, device=device),
@@ -162,11 +164,14 @@ def generate_completions(
             )
     finally:
         model.train(was_training)
-    completions = output[:, length:]
-    is_eos = torch.isin(completions, torch.tensor(eos_token_ids, device=device))
-    ended, first = is_eos.any(dim=1), is_eos.int().argmax(dim=1)
-    lengths = torch.where(ended, first + 1, completions.shape[1])
-    return [ids[:n] for ids, n in zip(completions.tolist(), lengths.tolist(), strict=True)]
+    return cut_at_eos(output[:, length:].tolist(), eos_token_ids)
+
+
+def cut_at_eos(completions: list[list[int]], eos_token_ids: list[int]) -> list[list[int]]:
+    """Each completion up to and with its first EOS; whole, where it has none."""
+    ends = set(eos_token_ids)
+    lengths = [next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids)) for ids in completions]
+    return [ids[:length] for ids, length in zip(completions, lengths, strict=True)]
 
 
 def draw_on_policy(num_rows: int, lmbda: float, seed: int, step: int) -> list[bool]:
@@ -219,6 +224,9 @@ class RolloutWriter:
             Index of this process.
         world_size (`int`):
             Number of processes.
+        at_once (`bool`, *optional*, defaults to `False`):
+            Whether the student writes all rollouts of a step in one call, which every rank makes, with prompts or
+            without; else in one call for each micro-batch that has any.
     """
 
     def __init__(
@@ -229,6 +237,7 @@ class RolloutWriter:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        at_once: bool = False,
     ):
         self.collator = collator
         self.lmbda = lmbda
@@ -236,6 +245,7 @@ class RolloutWriter:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.at_once = at_once
         self.last_prompts: list[list[int]] = []
         self.last_completions: list[list[int]] = []
 
@@ -261,18 +271,29 @@ class RolloutWriter:
         self.last_prompts, self.last_completions = [], []
         sizes = [len(batch["prompt_length"]) for batch in batches]
         drawn = draw_on_policy(sum(sizes) * self.world_size, self.lmbda, self.seed, step)
-        replaced, start = [], 0
-        for index, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
-            # The loader deals micro-batches out to the ranks in turn
-            first = start * self.world_size + self.rank * size
-            on_policy = drawn[first : first + size]
-            start += size
+        # The loader deals micro-batches out to the ranks in turn
+        firsts = [sum(sizes[:i]) * self.world_size + self.rank * size for i, size in enumerate(sizes)]
+        on_policies = [drawn[first : first + size] for first, size in zip(firsts, sizes, strict=True)]
+        if self.at_once:
+            student = self._write_at_once(batches, on_policies, step, student)
+        replaced = []
+        for index, (batch, on_policy) in enumerate(zip(batches, on_policies, strict=True)):
             if any(on_policy) or self._needs_teacher(batch, on_policy):
                 # Numbers of the teacher's draws start apart from the student's
                 seeds = [rollout_seed(self.seed, step, self.rank, index, who) for who in (0, 1)]
                 batch = self._replace_rows(batch, on_policy, student, teacher, seeds)
             replaced.append(batch)
         return replaced
+
+    def _write_at_once(
+        self, batches: list[dict[str, torch.Tensor]], on_policies: list[list[bool]], step: int, student: Writer
+    ) -> Writer:
+        """Let the student write for all micro-batches; a writer that hands these completions out in order."""
+        rows = [row for batch in batches for row in rows_of(batch)]
+        drawn = [row for row, on_policy in zip(rows, sum(on_policies, []), strict=True) if on_policy]
+        prompts = [row["input_ids"][: row["prompt_length"]] for row in drawn]
+        written = iter(student(prompts, rollout_seed(self.seed, step, self.rank)))
+        return lambda asked, _: list(itertools.islice(written, len(asked)))
 
     def _needs_teacher(self, batch: dict[str, torch.Tensor], on_policy: list[bool]) -> bool:
         if self.rewrite_off_policy:

@@ -53,7 +53,39 @@ class KDConfig(SFTConfig):
         repetition_penalty (`float`, *optional*, defaults to `1.0`):
             Penalty on tokens that occurred already. `1.0` is none.
         generation_kwargs (`dict[str, Any]`, *optional*):
-            Further fields of [`~transformers.GenerationConfig`]. They win over the fields above.
+            Further fields of [`~transformers.GenerationConfig`] or, with `use_vllm`, of vLLM's `SamplingParams`. They
+            win over the fields above.
+
+        > Parameters that control generation by vLLM
+
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM writes the student's completions. It gets the student's weights before the rollouts of each
+            optimizer step and writes them in one call. A resumed run goes on with the same prompts, but not bit for
+            bit with the same completions.
+        vllm_mode (`str`, *optional*, defaults to `"colocate"`):
+            Where vLLM runs: `"colocate"`, within the training processes and on their GPUs; or `"server"`, on others,
+            where `vllm serve` has the student.
+        vllm_model_impl (`str`, *optional*, defaults to `"vllm"`):
+            Whose code runs the student in a colocated vLLM: `"vllm"`, its own, or `"transformers"`.
+        vllm_enable_sleep_mode (`bool`, *optional*, defaults to `False`):
+            Whether a colocated vLLM gives its GPU memory back between rollouts. Waking it takes time.
+        vllm_server_base_url (`str`, *optional*):
+            Address of the server, such as `http://localhost:8000`. It wins over host and port.
+        vllm_server_host (`str`, *optional*, defaults to `"0.0.0.0"`):
+            Host of the server.
+        vllm_server_port (`int`, *optional*, defaults to `8000`):
+            Port of the server.
+        vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
+            Seconds to wait for the server to be up.
+        vllm_group_port (`int`, *optional*, defaults to `51216`):
+            Port over which the server is called to receive weights.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of a GPU's memory that a colocated vLLM may take.
+        vllm_max_model_length (`int`, *optional*):
+            Longest prompt with its completion that a colocated vLLM has room for, in tokens. If `None`, the model's
+            own limit.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            Number of processes, and GPUs, over which a colocated vLLM spreads the student.
 
         > Parameters that control the computation of the loss
 
@@ -148,7 +180,71 @@ class KDConfig(SFTConfig):
     )
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Further fields of `GenerationConfig`. They win over the fields above."},
+        metadata={
+            "help": "Further fields of `GenerationConfig` or, with `use_vllm`, of vLLM's `SamplingParams`. They win "
+            "over the fields above."
+        },
+    )
+    use_vllm: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether vLLM writes the student's completions. It gets the student's weights before the "
+            "rollouts of each optimizer step and writes them in one call. A resumed run goes on with the "
+            "same prompts, but not bit for bit with the same completions.",
+        },
+    )
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={
+            "help": "Where vLLM runs: 'colocate', within the training processes and on their GPUs; or 'server', "
+            "on others, where `vllm serve` has the student.",
+            "choices": ["colocate", "server"],
+        },
+    )
+    vllm_model_impl: str = field(
+        default="vllm",
+        metadata={"help": "Whose code runs the student in a colocated vLLM: 'vllm', its own, or 'transformers'."},
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a colocated vLLM gives its GPU memory back between rollouts. Waking it takes time."
+        },
+    )
+    vllm_server_base_url: str | None = field(
+        default=None,
+        metadata={"help": "Address of the server, such as `http://localhost:8000`. It wins over host and port."},
+    )
+    vllm_server_host: str = field(
+        default="0.0.0.0",
+        metadata={"help": "Host of the server."},
+    )
+    vllm_server_port: int = field(
+        default=8000,
+        metadata={"help": "Port of the server."},
+    )
+    vllm_server_timeout: float = field(
+        default=240.0,
+        metadata={"help": "Seconds to wait for the server to be up."},
+    )
+    vllm_group_port: int = field(
+        default=51216,
+        metadata={"help": "Port over which the server is called to receive weights."},
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3,
+        metadata={"help": "Share of a GPU's memory that a colocated vLLM may take."},
+    )
+    vllm_max_model_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt with its completion that a colocated vLLM has room for, in tokens. If None, "
+            "the model's own limit.",
+        },
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1,
+        metadata={"help": "Number of processes, and GPUs, over which a colocated vLLM spreads the student."},
     )
     loss_chunk_size: int | None = field(
         default=None,
@@ -207,6 +303,7 @@ class KDConfig(SFTConfig):
                 "to None for the default."
             )
         check_choice("off_policy_source", self.off_policy_source, ("auto", "dataset", "teacher"))
+        check_choice("vllm_mode", self.vllm_mode, ("colocate", "server"))
         self._refuse_ignored_options()
         if self.packing and (self.lmbda > 0 or self.off_policy_source == "teacher"):
             raise ValueError(

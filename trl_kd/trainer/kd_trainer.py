@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
-from trl.models import unwrap_model_for_generation
 
 from trl_kd import _compat
 from trl_kd.data import KDCollator, has_completions
-from trl_kd.generation import RolloutWriter, Sampling, eos_token_ids, generate_completions
+from trl_kd.generation import RolloutWriter, Sampling, eos_token_ids
 from trl_kd.losses import LinearLoss
 from trl_kd.modules.lm_head import LMHead, check_head, last_hidden_states
 from trl_kd.teachers import shared_vocab_size
@@ -31,6 +30,7 @@ from trl_kd.trainer.tokens import (
     select_tokens,
     token_weights,
 )
+from trl_kd.trainer.writers import student_writer
 
 
 class _KDTrainer(_compat.hooked_sft_trainer()):
@@ -141,6 +141,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     def _set_up_rollouts(self, train_dataset: Any, collator: Any) -> None:
         args = self.args
         self.sampling = Sampling.of(args)
+        self.write_with_student = student_writer(self)
         writes = args.lmbda > 0 or args.off_policy_source == "teacher" or not has_completions(train_dataset)
         self.rollouts = None
         if writes:
@@ -151,6 +152,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
                 args.seed,
                 self.accelerator.process_index,
                 self.accelerator.num_processes,
+                at_once=args.use_vllm,
             )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -179,16 +181,6 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         if len(batches) > 1 and self.looks_ahead():
             look_ahead(self, batches)
         return batches, counts.sum()
-
-    def write_with_student(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
-        """Completions that the student writes."""
-        checkpointing = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
-        with (
-            unwrap_model_for_generation(self.model_wrapped, self.accelerator, **checkpointing) as student,
-            self.accelerator.autocast(),
-        ):
-            special = (self.processing_class.pad_token_id, self.eos_token_ids)
-            return generate_completions(student, prompts, self.sampling, *special, seed, self.vocab_size)
 
     def write_with_teacher(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
         """Completions that the teacher writes."""

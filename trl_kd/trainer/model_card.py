@@ -30,7 +30,8 @@ def settings_of(args: Any, with_auxiliary: bool) -> dict[str, Any]:
     known = {field.name for field in fields(SFTConfig)}
     known |= {"teacher_model_name_or_path", "log_completions", "num_completions_to_print"}
     names = [field.name for field in fields(args) if field.name not in known]
-    unread = args.unread() + (() if with_auxiliary else ("aux_",))
+    # Where rollouts are computed concerns nobody later
+    unread = (*args.unread(), "vllm_", *(() if with_auxiliary else ("aux_",)))
     names = [name for name in names if not name.startswith(unread)]
     names += ["learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"]
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

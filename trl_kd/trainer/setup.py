@@ -36,6 +36,22 @@ def own_arguments(args: Any, config_class: type[KDConfig], model: Any, name: str
     Returns:
         `KDConfig`: an instance of `config_class` that may be changed.
     """
+    own = _copied_arguments(args, config_class, model, name)
+    if own.use_vllm and own.lmbda == 0:
+        raise ValueError(
+            "`use_vllm` is True with `lmbda` 0, but vLLM writes the student's completions, of which there are none. "
+            "Set `lmbda` above 0, or `use_vllm=False`."
+        )
+    if own.use_vllm and not _compat.is_vllm_available():
+        raise ImportError(
+            "`use_vllm` is True, but vLLM is not installed, so it cannot write the student's completions. Install "
+            "the extra `trl_kd[vllm]`, or set `use_vllm=False`."
+        )
+    return own
+
+
+def _copied_arguments(args: Any, config_class: type[KDConfig], model: Any, name: str) -> KDConfig:
+    """A configuration of the trainer's class: the defaults, made from `TrainingArguments`, or a deep copy."""
     if args is None:
         model_name = model if isinstance(model, str) else _compat.config_model_id(model)
         return config_class(f"{model_name.rstrip('/').split('/')[-1] or 'model'}-{name}")
