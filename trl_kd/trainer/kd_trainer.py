@@ -64,11 +64,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         **kwargs: Any,
     ):
         args = setup.own_arguments(args, self._config_class, model, self._name)
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "`compute_loss_func` is set, but the loss is the method's. Subclass the trainer and override "
-                "`token_loss`."
-            )
+        setup.refuse_own_loss(kwargs)
         # The teacher first: it is what fails most often
         self.teacher = setup.own_teacher(teacher_model, args, model)
         source = setup.student_source(args)

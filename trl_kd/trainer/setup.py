@@ -70,6 +70,14 @@ def _copied_arguments(args: Any, config_class: type[KDConfig], model: Any, name:
     return own
 
 
+def refuse_own_loss(kwargs: dict[str, Any]) -> None:
+    """Refuse a loss function of the caller's, which nothing would call."""
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "`compute_loss_func` is set, but the loss is the method's. Subclass the trainer and override `token_loss`."
+        )
+
+
 def own_teacher(teacher_model: Any, args: KDConfig, student: Any) -> LocalTeacher:
     """The teacher from the trainer's argument or the configuration; never the student itself."""
     teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
