@@ -61,7 +61,7 @@ def train(critic: str, head: str, features: str) -> int:
     words = {f"w{i}": i for i in range(vocab_size)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w2")))
     tokenizer.pad_token, tokenizer.eos_token = "w0", "w1"
-    rows = Dataset.from_list([{"input_ids": list(range(3, 35)), "labels": [-100] * 8 + list(range(11, 35))}] * 12)
+    rows = Dataset.from_list([{"input_ids": list(range(3, 15)), "labels": [-100] * 4 + list(range(7, 15))}] * 6)
     with tempfile.TemporaryDirectory() as folder:
         args = AMMConfig(
             folder,
@@ -69,9 +69,9 @@ def train(critic: str, head: str, features: str) -> int:
             critic_head=head,
             critic_features=features,
             max_steps=3,
-            per_device_train_batch_size=4,
-            max_completion_length=24,
-            loss_chunk_size=32,
+            per_device_train_batch_size=2,
+            max_completion_length=8,
+            loss_chunk_size=8,
             gradient_checkpointing=False,
             use_cpu=True,
             report_to=[],

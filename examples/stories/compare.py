@@ -137,10 +137,12 @@ METHODS: dict[str, Callable[[Material, dict[str, Any]], Any]] = {
     "AMM, learned, student's features": lambda *a: run_learned(*a, critic_features="student"),
     "AMM, learned, low rank": lambda *a: run_learned(*a, critic_head="low_rank"),
     "AMM, learned, full": lambda *a: run_learned(*a, critic_head="full"),
-    # The effect on later states, with the exact critic
+    # The effect on later states, with the exact critics
     "AMM, full gradient": lambda *a: run_amm(*a, on_policy_gradient="full"),
     "AMM, full gradient, JSD": lambda *a: run_amm(*a, on_policy_gradient="full", later_cost="jsd"),
     "AMM, full gradient, reverse KL": lambda *a: run_amm(*a, on_policy_gradient="full", later_cost="reverse_kl"),
+    "AMM, penalised": lambda *a: run_amm(*a, critic="exact_penalised"),
+    "AMM, penalised, full gradient": lambda *a: run_amm(*a, critic="exact_penalised", on_policy_gradient="full"),
     "AMM, full gradient, value": lambda *a: run_amm(*a, on_policy_gradient="full", later_baseline="value"),
 }
 

@@ -1,8 +1,8 @@
 """The ascent of learned moment critics: their own steps of Adam, once per optimizer step, on all of its tokens."""
 
-import os
 from typing import Any
 
+import psutil
 import torch
 from transformers import get_scheduler
 from transformers.utils import logging
@@ -79,9 +79,7 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device; `None` where nobody can tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
 def _gigabytes(num_bytes: int) -> str:
@@ -139,7 +137,8 @@ class MomentCritics(AuxiliaryModules):
         for index in range(self.args.critic_steps):
             is_first = index == 0
             for name in critics:
-                values = [self._backward(name, *each) for each in zip(rows[name], features[name], strict=True)]
+                each = zip(rows[name], features[name], strict=True)
+                values = [self._backward(name, batch, x, with_metrics=is_first) for batch, x in each]
                 if is_first:
                     report |= self._unseen(name, {key: torch.cat([v[key] for v in values]) for key in values[0]})
             grad_norm = self._step()
@@ -148,8 +147,10 @@ class MomentCritics(AuxiliaryModules):
         report["kd/critic_learning_rate"] = (torch.tensor(self.scheduler.get_last_lr()[0]), torch.ones(()))
         return report
 
-    def _backward(self, name: str, batch: TokenBatch, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gradient of a critic's objective on some rows; the values of its moment before the step."""
+    def _backward(
+        self, name: str, batch: TokenBatch, features: torch.Tensor, with_metrics: bool
+    ) -> dict[str, torch.Tensor]:
+        """Gradient of a critic's objective on some rows; per-token values before the step."""
         args = self.args
         head = batch.pairs["teacher"][1]
         weights = batch.source_weights
@@ -159,15 +160,14 @@ class MomentCritics(AuxiliaryModules):
         def objective(student: torch.Tensor, teacher: torch.Tensor, critic: torch.Tensor) -> torch.Tensor:
             return critic_objective(student, teacher, critic, args.critic_penalty)
 
-        terms = {
-            "objective": Term(objective, _CRITIC_INPUTS, -weights),
-            "moment": Term(moment, _CRITIC_INPUTS),
-            "total_variation": Term(total_variation),
-        }
+        terms = {"objective": Term(objective, _CRITIC_INPUTS, -weights)}
+        if with_metrics:
+            terms |= {"moment": Term(moment, _CRITIC_INPUTS), "total_variation": Term(total_variation)}
         with self.accelerator.autocast():
             pairs = batch.pairs | {"critic": self.modules[name].pair(features, head)}
             result = linear_loss(pairs, terms, chunk_size=args.loss_chunk_size)
-        result.loss.backward()
+        with torch.autocast(result.loss.device.type, enabled=False):  # else it would round what is float32
+            result.loss.backward()
         return result.values
 
     def _unseen(self, name: str, values: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -187,9 +187,11 @@ class MomentCritics(AuxiliaryModules):
             for parameter in parameters:
                 # The mean: row weights are times the number of ranks already
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        # The trainer's autocast may be on all the while, and would hand the next step the weights of this one
+        torch.clear_autocast_cache()
         return grad_norm
 
 
