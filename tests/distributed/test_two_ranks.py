@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.worker import NUMBERS, VLLM_RUNS
+from tests.distributed.worker import CRITIC_NUMBERS, GAMES, NUMBERS, VLLM_RUNS
 from tests.trainer.runs import ProjectingTrainer, config, logged, pair, tiny_dataset
+from trl_kd import AMMTrainer
 
 
 ROOT = Path(__file__).parents[2]
@@ -25,16 +26,37 @@ def launch(scenario, folder):
     return [json.loads((Path(folder) / f"{scenario}-{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_two_ranks_have_the_gradient_norm_of_one(tokenizer, tmp_path):
+@pytest.fixture(scope="module")
+def norms(tmp_path_factory):
+    return launch("norm", tmp_path_factory.mktemp("norm"))
+
+
+def test_two_ranks_have_the_gradient_norm_of_one(tokenizer, tmp_path, norms):
     student, teacher = pair(tokenizer)
     args = config(tmp_path / "one", temperature=0.0, learning_rate=1e-3)
     one = ProjectingTrainer(student, teacher, args, tiny_dataset(), processing_class=tokenizer)
     one.train()
-    ranks = [reports[0] for reports in launch("norm", tmp_path)]
+    ranks = [reports[0] for reports in norms]
     for name in NUMBERS:
         assert len(logged(one, name)) == 2
         assert ranks[0][name] == pytest.approx(logged(one, name), rel=1e-5), name
     assert [report["rollouts"] for report in ranks] == [1, 1]
+
+
+@pytest.mark.parametrize("index", range(len(GAMES)))
+def test_two_ranks_with_critics_have_the_gradient_norm_of_one(tokenizer, tmp_path, norms, index):
+    student, teacher = pair(tokenizer)
+    whole = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    args = config(tmp_path, temperature=0.0, learning_rate=1e-4, **(GAMES[index] | whole))
+    one = AMMTrainer(student, teacher, args, tiny_dataset(), processing_class=tokenizer)
+    one.train()
+    ranks = [reports[1 + index] for reports in norms]
+    for name in CRITIC_NUMBERS:
+        expected = logged(one, name)
+        # The loss holds advantages times log-likelihoods of size 10, which nearly cancel
+        rounding = 3e-5 if name == "loss" else 1e-7
+        assert len(expected) == 2 and ranks[0][name] == pytest.approx(expected, rel=1e-5, abs=rounding), name
+    assert ranks[0]["weights"] == ranks[1]["weights"]
 
 
 def test_two_ranks_stay_equal_and_resume_to_the_same_bits(tmp_path):
@@ -45,6 +67,10 @@ def test_two_ranks_stay_equal_and_resume_to_the_same_bits(tmp_path):
             assert len(set(whole[name])) == 6
             assert resumed[name][-3:] == whole[name][-3:], name
         assert resumed["weights"] == whole["weights"]
+    whole, resumed = first[5:]  # with critics and a baseline of returns
+    for name in CRITIC_NUMBERS:
+        assert len(set(whole[name])) == 6 and resumed[name][-3:] == whole[name][-3:], name
+    assert resumed["weights"] == whole["weights"]
     assert [report["weights"] for report in first] == [report["weights"] for report in second]
 
 

@@ -14,6 +14,7 @@ from tests import conftest  # noqa: F401  (environment and threads)
 from tests.tiny import make_tokenizer
 from tests.trainer.runs import ProjectingTrainer, config, logged, pair, state_of, tiny_dataset
 from tests.vllm import install
+from trl_kd import AMMTrainer
 
 
 NUMBERS = ["loss", "grad_norm", "kd/aux_grad_norm", "kd/on_policy/completion_length"]
@@ -30,6 +31,20 @@ VLLM_MODES = {
 VLLM_RUNS = [(mode, 0.75, 0.0) for mode in VLLM_MODES]
 VLLM_RUNS += [(mode, 0.5, 0.0) for mode in ("generate", "server")]
 VLLM_RUNS += [(mode, 0.75, 1.0) for mode in ("colocate", "tensor parallel")]
+CRITIC_NUMBERS = ["loss", "grad_norm", "kd/critic_grad_norm", "kd/on_policy/advantage_size"]
+CRITIC_NUMBERS += [
+    f"kd/{source}/{name}"
+    for source in ("off_policy", "on_policy")
+    for name in ("moment", "saturation", "tightness", "unseen_moment", "unseen_tightness", "critic_objective")
+]
+# Learned critics and the gradient of later states, with each baseline: all that ranks must add up. Critics rise in the
+# only forward of the step, or in a look ahead
+CRITICS = {"critic": "value_head", "on_policy_gradient": "full", "later_warmup_steps": 2}
+GAMES = [
+    CRITICS | {"later_baseline": "position", "per_device_train_batch_size": 2},
+    CRITICS | {"later_baseline": "value", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+]
+CRITIC_KIND = (AMMTrainer, CRITIC_NUMBERS)
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random"}
 
 
@@ -42,13 +57,21 @@ class KilledTrainer(ProjectingTrainer):
         super().save_state_to(folder)
 
 
-def run(folder: Path, lora: bool = False, resume: str | bool = False, killed: bool = False, **overrides) -> dict:
+def run(
+    folder: Path,
+    lora: bool = False,
+    resume: str | bool = False,
+    killed: bool = False,
+    kind: tuple[type, list[str]] = (ProjectingTrainer, NUMBERS),
+    **overrides,
+) -> dict:
     """Train on this rank; what it logged and ended with."""
+    trainer_class, names = kind
     tokenizer = make_tokenizer()
     student, teacher = pair(tokenizer)
     peft_config = LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear") if lora else None
-    args = config(folder, per_device_train_batch_size=2, **overrides)
-    trainer = (KilledTrainer if killed else ProjectingTrainer)(
+    args = config(folder, **({"per_device_train_batch_size": 2} | overrides))
+    trainer = (KilledTrainer if killed else trainer_class)(
         student, teacher, args, tiny_dataset(), processing_class=tokenizer, peft_config=peft_config
     )
     if killed:
@@ -62,7 +85,7 @@ def run(folder: Path, lora: bool = False, resume: str | bool = False, killed: bo
     for part in state_of(trainer):
         for _, value in sorted(part.items()):
             digest.update(value.contiguous().numpy().tobytes())
-    report = {name: logged(trainer, name) for name in NUMBERS}
+    report = {name: logged(trainer, name) for name in names}
     rank, written = trainer.accelerator.process_index, trainer.rollouts.last_completions
     return report | {"rank": rank, "rollouts": len(written), "weights": digest.hexdigest()}
 
@@ -94,6 +117,7 @@ def main(scenario: str, folder: Path) -> None:
         reports = [run_vllm(folder, *run) for run in VLLM_RUNS]
     elif scenario == "norm":
         reports = [run(folder, max_steps=2, temperature=0.0, learning_rate=1e-3)]
+        reports += [run(folder, kind=CRITIC_KIND, temperature=0.0, learning_rate=1e-4, **game) for game in GAMES]
     else:
         reports = []
         for name, lora in (("full", False), ("lora", True)):
@@ -101,6 +125,11 @@ def main(scenario: str, folder: Path) -> None:
             reports.append(run(folder / name, lora, str(folder / name / "checkpoint-3"), **SAVING))
         run(folder / "killed", killed=True, **SAVING)
         reports.append(run(folder / "killed", resume=True, **SAVING))
+        settings = SAVING | GAMES[1]
+        reports.append(run(folder / "critics", kind=CRITIC_KIND, **settings))
+        reports.append(
+            run(folder / "critics", resume=str(folder / "critics" / "checkpoint-3"), kind=CRITIC_KIND, **settings)
+        )
     (folder / f"{scenario}-{reports[0]['rank']}.json").write_text(json.dumps(reports))
 
 

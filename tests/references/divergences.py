@@ -1,6 +1,7 @@
 """Divergences, moments and their gradients for one token, as plain loops over the vocabulary in float64.
 
-Written from the formulas. A gradient is that of the value with respect to the student's logits.
+Written from the formulas. A gradient is that of the value with respect to the student's logits,
+unless the function says otherwise.
 """
 
 import math
@@ -73,3 +74,19 @@ def exact_penalised_moment(student_logits, teacher_logits):
     q, p = softmax(student_logits), softmax(teacher_logits)
     critic = [(p[v] - q[v]) / (p[v] + q[v]) for v in range(len(q))]
     return moment(student_logits, teacher_logits, critic)
+
+
+def critic_objective(critic, student_logits, teacher_logits, penalty):
+    """Value, and gradient with respect to the critic's values."""
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    value, gradient = 0.0, []
+    for v in range(len(q)):
+        weight = (p[v] + q[v]) / 2
+        value += p[v] * critic[v] - q[v] * critic[v] - penalty / 2 * weight * critic[v] ** 2
+        gradient.append(p[v] - q[v] - penalty * weight * critic[v])
+    return value, gradient
+
+
+def saturation(student_logits, teacher_logits, critic):
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    return sum((p[v] + q[v]) / 2 * abs(critic[v]) for v in range(len(q)))

@@ -10,7 +10,6 @@ from datasets import Dataset
 from tests.tiny import make_model
 from trl_kd import AMMConfig, AMMTrainer
 from trl_kd.losses import LinearLoss
-from trl_kd.trainer.auxiliary import AuxiliaryModules
 from trl_kd.trainer.tokens import TokenBatch
 
 
@@ -57,12 +56,12 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 def state_of(trainer: Any) -> tuple[dict[str, torch.Tensor], ...]:
-    """Weights of student and auxiliary modules, and the moments of both optimizers."""
-    optimizers = (trainer.optimizer.state_dict(), trainer.auxiliary.optimizer.state_dict())
+    """Weights of student and auxiliary modules, and the moments of all optimizers."""
+    optimizers = {"student": trainer.optimizer} | trainer.auxiliary.optimizers()
     moments = {
         f"{which}/{index}/{name}": torch.as_tensor(value)
-        for which, state in enumerate(optimizers)
-        for index, entry in state["state"].items()
+        for which, optimizer in optimizers.items()
+        for index, entry in optimizer.state_dict().get("state", {}).items()
         for name, value in entry.items()
     }
     return weights(trainer.model), weights(trainer.auxiliary.modules), moments
@@ -71,12 +70,11 @@ def state_of(trainer: Any) -> tuple[dict[str, torch.Tensor], ...]:
 class ProjectingTrainer(AMMTrainer):
     """AMM with a jointly trained map from student to teacher states: something for the auxiliary optimizer to do."""
 
-    _auxiliary_class = AuxiliaryModules
-
     def auxiliary_modules(self) -> dict[str, nn.Module]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.accelerator.process_index)  # what ranks make differently must be made equal
-            return {"projector": nn.Linear(self.model.config.hidden_size, self.teacher.head.weight.shape[1])}
+            projector = nn.Linear(self.model.config.hidden_size, self.teacher.head.weight.shape[1])
+        return super().auxiliary_modules() | {"projector": projector}
 
     def token_loss(self, tokens: TokenBatch) -> LinearLoss:
         result = super().token_loss(tokens)

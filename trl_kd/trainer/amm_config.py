@@ -220,7 +220,7 @@ class AMMConfig(KDConfig):
 
     def unread(self) -> tuple[str, ...]:
         """Prefixes of fields that nothing reads under these settings."""
-        used = {"critic_": self.critic == "value_head", "later_": self.on_policy_gradient == "full", "aux_": False}
+        used = {"critic_": self.critic == "value_head", "later_": self.on_policy_gradient == "full"}
         return super().unread() + tuple(prefix for prefix, reads in used.items() if not reads)
 
     def _check_discount(self, name: str) -> None:

@@ -1,6 +1,6 @@
 """Warnings of AMM while there is still time: settings at odds, a student that collapses, a critic that is too slow."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from transformers import TrainerCallback
@@ -24,17 +24,14 @@ def warn_of_settings(args: Any) -> None:
             Configuration of the run.
     """
     changed = [
-        field.name
-        for field in fields(args)
-        if field.name.startswith(args.unread())
-        and vars(args)[field.name] != (field.default if field.default_factory is MISSING else field.default_factory())
+        field.name for field in fields(args) if field.name.startswith(args.unread()) and _is_changed(args, field)
     ]
     if changed:
         names = ", ".join(f"`{name}`" for name in changed)
         logger.warning(
             f'{names}: set, but nothing reads them with `critic="{args.critic}"` and '
             f'`on_policy_gradient="{args.on_policy_gradient}"`. `critic_*` concern `critic="value_head"`, `later_*` '
-            '`on_policy_gradient="full"`, and `aux_*` other methods.'
+            '`on_policy_gradient="full"`.'
         )
     if args.critic == "value_head" and args.critic_features == "student":
         logger.warning(
@@ -49,9 +46,17 @@ def warn_of_settings(args: Any) -> None:
         )
 
 
+def _is_changed(args: Any, field: Field) -> bool:
+    value = vars(args)[field.name]
+    if field.default_factory is MISSING:
+        return value != field.default
+    return list(value) != field.default_factory()  # a tuple will do
+
+
 def _altered_sampling(args: Any) -> str:
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-    return ", ".join(f"`{name}={vars(args)[name]}`" for name, value in plain.items() if vars(args)[name] != value)
+    used = {name: vars(args)[name] for name in plain} | (args.generation_kwargs or {})
+    return ", ".join(f"`{name}={used[name]}`" for name, value in plain.items() if used[name] != value)
 
 
 class DriftWatch(TrainerCallback):

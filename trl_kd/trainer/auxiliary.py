@@ -42,13 +42,22 @@ class AuxiliaryModules:
     def __bool__(self) -> bool:
         return len(self.modules) > 0
 
+    def joint_parameters(self) -> list[nn.Parameter]:
+        """What steps with the student, on the gradients that its backward passes leave."""
+        return [parameter for parameter in self.modules.parameters() if parameter.requires_grad]
+
+    def optimizers(self) -> dict[str, Any]:
+        """Optimizers and schedules by name, as a checkpoint keeps them."""
+        found = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        return {name: part for name, part in found.items() if part is not None}
+
     def start(self, num_training_steps: int) -> None:
         """Make optimizer and schedule, once the number of optimizer steps is known."""
-        if not self:
+        args, parameters = self.args, self.joint_parameters()
+        if not parameters:
             return
-        args = self.args
         self.optimizer = torch.optim.AdamW(
-            self.modules.parameters(),
+            parameters,
             lr=args.aux_learning_rate,
             betas=(args.aux_adam_beta1, args.aux_adam_beta2),
             weight_decay=args.aux_weight_decay,
@@ -62,11 +71,11 @@ class AuxiliaryModules:
         One optimizer step on the gradients that the student's backward passes left.
 
         Returns:
-            `dict[str, torch.Tensor]`: gradient norm before clipping and learning rate; empty without modules.
+            `dict[str, torch.Tensor]`: gradient norm before clipping and learning rate; empty without such modules.
         """
-        if not self:
+        if self.optimizer is None:
             return {}
-        parameters = [parameter for parameter in self.modules.parameters() if parameter.requires_grad]
+        parameters = self.joint_parameters()
         for parameter in parameters:
             # Every rank takes part in the average, also one whose micro-batches did not reach a module
             if parameter.grad is None:
@@ -85,9 +94,8 @@ class AuxiliaryModules:
         """Write modules, optimizer and schedule to a checkpoint, whole or not at all."""
         if not self:
             return
-        state = {"modules": self.modules.state_dict()}
-        if self.optimizer is not None:
-            state |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        parts = {"modules": self.modules} | self.optimizers()
+        state = {name: part.state_dict() for name, part in parts.items()}
         path = os.path.join(folder, AUXILIARY_FILE)
         torch.save(state, path + ".tmp")
         os.replace(path + ".tmp", path)
@@ -108,10 +116,8 @@ class AuxiliaryModules:
         path = os.path.join(folder, AUXILIARY_FILE)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self.modules.load_state_dict(state["modules"])
-            if self.optimizer is not None:
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.scheduler.load_state_dict(state["scheduler"])
+            for name, part in ({"modules": self.modules} | self.optimizers()).items():
+                part.load_state_dict(state[name])
         except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
             raise ValueError(
                 f"The auxiliary modules {sorted(self.modules)} could not be restored from `{path}`: {error}. Without "

@@ -4,7 +4,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import get_scheduler
+import torch.nn as nn
 from transformers.utils import logging
 
 from trl_kd.losses import (
@@ -18,6 +18,7 @@ from trl_kd.losses import (
     total_variation,
 )
 from trl_kd.modules import LMHead, ValueHead, critic_features, planned_bytes
+from trl_kd.modules.critic import CRITIC_HEADS
 from trl_kd.trainer.auxiliary import AuxiliaryModules
 from trl_kd.trainer.tokens import TokenBatch
 
@@ -59,17 +60,19 @@ def make_critics(args: Any, student_width: int, teacher_head: LMHead, device: to
     }
     sources = [name for name, share in zip(SOURCES, (1.0 - args.lmbda, args.lmbda), strict=True) if share > 0]
     plan = teacher_head.meta()
-    sizes = {
-        head: len(sources) * planned_bytes(**(arguments | {"head": head, "embeddings": plan}))
-        for head in ("full", "low_rank", "tied")
-    }
-    size, free = sizes[args.critic_head], free_memory(device)
+
+    def size_of(head: str) -> int:
+        return len(sources) * planned_bytes(**(arguments | {"head": head, "embeddings": plan}))
+
+    size, free = size_of(args.critic_head), free_memory(device)
     if free is not None and size > free:
+        is_thin = args.critic_rank < min(arguments["num_features"], plan.weight.shape[0])
+        sizes = {head: size_of(head) for head in CRITIC_HEADS if head != "low_rank" or is_thin}
         others = ", ".join(f'"{head}": {_gigabytes(n)}' for head, n in sizes.items() if n < size)
+        smaller = f"another head ({others}), or " if others else ""
         raise ValueError(
             f'The critics with `critic_head="{args.critic_head}"` take {_gigabytes(size)} with gradients and Adam, '
-            f'but {_gigabytes(free)} are free on {device}. Take another head ({others}), or `critic="exact"`, which '
-            "takes none."
+            f'but {_gigabytes(free)} are free on {device}. Take {smaller}`critic="exact"`, which takes none.'
         )
     logger.info(f"The {len(sources)} critics take {_gigabytes(size)} with gradients and Adam.")
     return {name: ValueHead(**arguments, seed=index) for index, name in enumerate(sources)}
@@ -94,19 +97,34 @@ class MomentCritics(AuxiliaryModules):
     an optimizer step is split.
     """
 
-    def start(self, num_training_steps: int) -> None:
-        """Make the optimizer."""
-        parameters = list(self.modules.parameters())
-        if parameters:  # a baseline of returns has none
-            args = self.args
-            self.optimizer = torch.optim.Adam(
-                parameters, lr=args.critic_learning_rate, betas=tuple(map(float, args.critic_betas))
-            )
-            self.scheduler = get_scheduler("constant", self.optimizer)
+    critic_optimizer: torch.optim.Optimizer | None = None
 
-    def step(self) -> dict[str, torch.Tensor]:
-        """Nothing: critics do not step with the student, but by `ascend`."""
-        return {}
+    @property
+    def critics(self) -> dict[str, ValueHead]:
+        """The critics by source; a subclass of the trainer may have other modules beside them."""
+        return {name: self.modules[name] for name in SOURCES if name in self.modules}
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What rises."""
+        return [parameter for critic in self.critics.values() for parameter in critic.parameters()]
+
+    def joint_parameters(self) -> list[nn.Parameter]:
+        """What steps with the student: critics do not."""
+        own = {id(parameter) for parameter in self.critic_parameters()}
+        return [parameter for parameter in super().joint_parameters() if id(parameter) not in own]
+
+    def optimizers(self) -> dict[str, Any]:
+        """Optimizers and schedules by name, as a checkpoint keeps them."""
+        own = {} if self.critic_optimizer is None else {"critic_optimizer": self.critic_optimizer}
+        return super().optimizers() | own
+
+    def start(self, num_training_steps: int) -> None:
+        """Make the optimizers."""
+        super().start(num_training_steps)
+        args, parameters = self.args, self.critic_parameters()
+        if parameters:
+            betas = tuple(map(float, args.critic_betas))
+            self.critic_optimizer = torch.optim.Adam(parameters, lr=args.critic_learning_rate, betas=betas)
 
     def pair(self, source: str, tokens: TokenBatch) -> tuple[torch.Tensor, LMHead]:
         """States and head of a source's critic at these tokens, for `linear_loss`."""
@@ -130,7 +148,7 @@ class MomentCritics(AuxiliaryModules):
             `dict[str, tuple[torch.Tensor, torch.Tensor]]`: sums and weights to log. The moments are those before the
             first step, when the critics have not seen these tokens.
         """
-        critics = [name for name in SOURCES if name in self.modules]
+        critics = list(self.critics)
         rows = {name: [batch.of_source(name == "on_policy") for batch in tokens] for name in critics}
         features = {name: [self.features(batch) for batch in batches] for name, batches in rows.items()}
         report = {}
@@ -144,7 +162,8 @@ class MomentCritics(AuxiliaryModules):
             grad_norm = self._step()
             if is_first:
                 report["kd/critic_grad_norm"] = (grad_norm, torch.ones(()))
-        report["kd/critic_learning_rate"] = (torch.tensor(self.scheduler.get_last_lr()[0]), torch.ones(()))
+        learning_rate = self.critic_optimizer.param_groups[0]["lr"]
+        report["kd/critic_learning_rate"] = (torch.tensor(learning_rate), torch.ones(()))
         return report
 
     def _backward(
@@ -182,14 +201,14 @@ class MomentCritics(AuxiliaryModules):
 
     def _step(self) -> torch.Tensor:
         """One step of Adam on the gradient of all ranks; its norm."""
-        parameters = list(self.modules.parameters())
+        parameters = self.critic_parameters()
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
                 # The mean: row weights are times the number of ranks already
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.critic_optimizer.step()
+        self.critic_optimizer.zero_grad()
         # The trainer's autocast may be on all the while, and would hand the next step the weights of this one
         torch.clear_autocast_cache()
         return grad_norm

@@ -58,7 +58,8 @@ class StateValue(nn.Module):
         """Values `(N,)` of features `(N, D)`; zero before the first update."""
         size = self.gram.diagonal().mean().clamp_min(1e-12)
         ridge = torch.eye(len(self.gram), device=self.gram.device) * (_RIDGE * size)
-        return features @ torch.linalg.solve(self.gram + ridge, self.target)
+        with torch.autocast(features.device.type, enabled=False):
+            return features @ torch.linalg.solve(self.gram + ridge, self.target)
 
     def update(self, gram: torch.Tensor, target: torch.Tensor) -> None:
         """Forget a little, and add the sums x x' and x times return of one step, over all ranks."""
@@ -100,7 +101,9 @@ def later_advantages(
             for (batch, values), x in zip(pairs, features, strict=True)
         ]
         x, g = torch.cat(features), torch.cat(returns).to(features[0].dtype)
-        state_value.update(*(_sum_over_ranks(part, accelerator) for part in (x.T @ x, x.T @ g)))
+        with torch.autocast(x.device.type, enabled=False):
+            sums = x.T @ x, x.T @ g
+        state_value.update(*(_sum_over_ranks(part, accelerator) for part in sums))
     return [
         torch.zeros(len(batch.labels), dtype=part.dtype, device=part.device).masked_scatter(batch.is_on_policy, part)
         for batch, part in zip(tokens, found, strict=True)

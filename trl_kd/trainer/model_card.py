@@ -52,7 +52,7 @@ def add_distillation_section(trainer: Any) -> None:
     """
     path = os.path.join(trainer.args.output_dir, "README.md")
     student = config_model_id(trainer.model)
-    settings = settings_of(trainer.args, with_auxiliary=bool(trainer.auxiliary))
+    settings = settings_of(trainer.args, with_auxiliary=bool(trainer.auxiliary.joint_parameters()))
     rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in settings.items())
     section = (
         f"### Distillation\n\n"
