@@ -5,7 +5,8 @@ Checks and times what needs a GPU, in one call.
 
 1. The chunked AMM loss in bfloat16 on a real vocabulary (151,936 tokens) against the plain form in float32.
 2. Its time and peak memory beside the bare matrix products of the same chunks, which nothing can beat.
-3. A few steps of AMMTrainer with LoRA and rollouts on random models of that vocabulary: time, memory, finite numbers.
+3. A few steps of AMMTrainer with LoRA and rollouts on random models of that vocabulary, with each kind of critic and
+   the full on-policy gradient: time, memory, finite numbers.
 
 Runs on a CPU too, with `--small`, to see that the script itself works.
 """
@@ -84,8 +85,17 @@ def check_loss(device: str, rows: int, width: int, vocab_size: int) -> dict[str,
     }
 
 
-def check_training(device: str, width: int, layers: int, tokenizer_path: str) -> dict[str, float]:
-    """Five AMM steps with LoRA on random models."""
+GAMES = {
+    "exact": {},
+    "learned": {"critic": "value_head"},
+    "learned, after": {"critic": "value_head", "critic_order": "after"},
+    "learned, low rank": {"critic": "value_head", "critic_head": "low_rank"},
+    "full gradient": {"on_policy_gradient": "full"},
+}
+
+
+def check_training(device: str, width: int, layers: int, tokenizer_path: str, **options) -> dict[str, float]:
+    """Five AMM steps with LoRA on random models, in two micro-batches each."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
@@ -106,17 +116,21 @@ def check_training(device: str, width: int, layers: int, tokenizer_path: str) ->
         args = AMMConfig(
             folder,
             max_steps=5,
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
             max_completion_length=64,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
             use_cpu=device == "cpu",
+            **options,
         )
         peft_config = LoraConfig(r=8, target_modules="all-linear")
         trainer = AMMTrainer(
             *models, args, Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config
         )
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
@@ -137,7 +151,10 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "loss": check_loss(device, rows, width, vocab_size),
-        "training": check_training(device, 64 if args.small else 1024, layers, args.tokenizer),
+        "training": {
+            name: check_training(device, 64 if args.small else 1024, layers, args.tokenizer, **options)
+            for name, options in GAMES.items()
+        },
     }
     text = json.dumps(report, indent=2)
     print(text)

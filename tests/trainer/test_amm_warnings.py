@@ -128,6 +128,8 @@ def test_watch_resumed_run_goes_on_with_the_log_of_the_whole(tmp_path, caplog):
         ("kd/on_policy/student_entropy", (4.0, 2.01, 9.0), False),
         ("kd/on_policy/distinct_2", (0.9, 0.64, 0.62), True),
         ("kd/on_policy/distinct_2", (0.9, 0.64, 1.0), False),
+        ("kd/on_policy/completion_length", (10.0, 7.1, 6.9), True),
+        ("kd/on_policy/completion_length", (10.0, 7.1, 30.0), False),
         ("kd/off_policy/total_variation", (0.5, 0.54, 0.56), True),
         ("kd/off_policy/total_variation", (0.5, 0.54, 0.01), False),
     ],

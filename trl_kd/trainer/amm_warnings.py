@@ -10,7 +10,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Of a run's first logged value: below or above it, something is wrong
-_ENTROPY, _DISTINCT, _TOTAL_VARIATION = 0.5, 0.7, 1.1
+_ENTROPY, _DISTINCT, _LENGTH, _TOTAL_VARIATION = 0.5, 0.7, 0.7, 1.1
 # Share of the total variation that a critic sees, and for how many logs in a row it is given time
 _TIGHTNESS, _PATIENCE = 0.5, 5
 
@@ -74,6 +74,8 @@ class DriftWatch(TrainerCallback):
             self.limits = {
                 "kd/on_policy/student_entropy": (_ENTROPY, float("inf")),
                 "kd/on_policy/distinct_2": (_DISTINCT, float("inf")),
+                # Later costs are sums: who stops early has none
+                "kd/on_policy/completion_length": (_LENGTH, float("inf")),
                 "kd/off_policy/total_variation": (0.0, _TOTAL_VARIATION),
             }
         self.watches_critic = args.critic == "value_head"
@@ -89,7 +91,7 @@ class DriftWatch(TrainerCallback):
                 self._warn(
                     name,
                     f"`{name}` went from {values[0]:.3g} to {values[-1]:.3g}. The full on-policy gradient favours few "
-                    "easy states, and this is how it shows. Lower `later_weight` or `later_gamma`, raise the share of "
+                    "easy states and short texts, and this is how it shows. Lower `later_weight` or `later_gamma`, raise the share of "
                     'off-policy rows, or take `on_policy_gradient="direct"`.',
                 )
         if self.watches_critic:
