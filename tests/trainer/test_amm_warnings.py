@@ -139,8 +139,8 @@ def test_watch_full_gradient_warns_of_drift_once(tmp_path, caplog, name, values,
     options = {"on_policy_gradient": "full"}
     expected = (
         f"`{name}` went from {values[0]:.3g} to {values[-1]:.3g}. The full on-policy gradient favours few easy "
-        "states, and this is how it shows. Lower `later_weight` or `later_gamma`, raise the share of off-policy rows, "
-        'or take `on_policy_gradient="direct"`.'
+        "states and short texts, and this is how it shows. Lower `later_weight` or `later_gamma`, raise the share of "
+        'off-policy rows, or take `on_policy_gradient="direct"`.'
     )
     assert watch(caplog, tmp_path, entries, options) == ([expected] if warns else [])
     assert watch(caplog, tmp_path, entries, {}) == []

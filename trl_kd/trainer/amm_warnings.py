@@ -91,8 +91,8 @@ class DriftWatch(TrainerCallback):
                 self._warn(
                     name,
                     f"`{name}` went from {values[0]:.3g} to {values[-1]:.3g}. The full on-policy gradient favours few "
-                    "easy states and short texts, and this is how it shows. Lower `later_weight` or `later_gamma`, raise the share of "
-                    'off-policy rows, or take `on_policy_gradient="direct"`.',
+                    "easy states and short texts, and this is how it shows. Lower `later_weight` or `later_gamma`, "
+                    'raise the share of off-policy rows, or take `on_policy_gradient="direct"`.',
                 )
         if self.watches_critic:
             self._check_critic(history)
