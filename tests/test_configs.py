@@ -64,7 +64,7 @@ EXAMPLES = {
     "critic_bound": ("2.0", 2.0),
     "critic_penalty": ("0.0", 0.0),
     "on_policy_gradient": ("full", "full"),
-    "later_weight": ("0.1", 0.1),
+    "later_weight": ("0.3", 0.3),
     "later_gamma": ("0.95", 0.95),
     "later_cost": ("jsd", "jsd"),
     "later_baseline": ("value", "value"),

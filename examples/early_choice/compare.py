@@ -55,9 +55,9 @@ class JSDTrainer(_KDTrainer):
         return linear_loss(tokens.pairs, {"divergence": term}, tokens.labels, self.args.loss_chunk_size)
 
 
-def full(later_cost: str, **options) -> dict[str, Any]:
+def full(later_cost: str, later_weight: float = 0.3, **options) -> dict[str, Any]:
     """AMM that also follows what a token does to the later states."""
-    return {"on_policy_gradient": "full", "later_cost": later_cost, **options}
+    return {"on_policy_gradient": "full", "later_cost": later_cost, "later_weight": later_weight, **options}
 
 
 # Options of `AMMConfig`; what is not named has its default: the exact critic, later states at 0.3, discounted by 0.9
@@ -69,6 +69,7 @@ AMM = {
     "AMM full, TV, gamma 1": full("total_variation", later_gamma=1.0),
     "AMM full, JSD, gamma 1": full("jsd", later_gamma=1.0),
     "AMM full, RKL, gamma 1": full("reverse_kl", later_gamma=1.0),
+    "AMM full, RKL, weight 0.1": full("reverse_kl", later_weight=0.1),
     "AMM full, TV, weight 1": full("total_variation", later_weight=1.0),
     "AMM, value head": {"critic": "value_head", "critic_features": "both"},
     "AMM, value head, teacher's states": {"critic": "value_head", "critic_features": "teacher"},
@@ -78,7 +79,7 @@ AMM = {
 METHODS = ["SFT", "JSD", *AMM]
 # Those that are tried once more at half and twice the learning rate
 MAIN = [
-    *("SFT", "JSD", "AMM", "AMM full, TV", "AMM full, JSD", "AMM full, RKL"),
+    *("SFT", "JSD", "AMM", "AMM full, TV", "AMM full, JSD", "AMM full, RKL", "AMM full, RKL, weight 0.1"),
     *("AMM, value head", "AMM, value head, teacher's states"),
 ]
 FACTORS = (1.0, 0.5, 2.0)

@@ -15,6 +15,7 @@ the same seed.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
@@ -120,6 +121,11 @@ def run_learned(*arguments, **options) -> Any:
     return run_amm(*arguments, critic="value_head", **options)
 
 
+def full(later_cost: str, later_weight: float = 0.3, **options) -> dict[str, Any]:
+    """Options of AMM that also follows what a token does to the later states."""
+    return {"on_policy_gradient": "full", "later_cost": later_cost, "later_weight": later_weight, **options}
+
+
 METHODS: dict[str, Callable[[Material, dict[str, Any]], Any]] = {
     "AMM": lambda *a: run_amm(*a, critic="exact"),
     "SFT, teacher's texts": lambda *a: run_sft("teacher_rows", *a),
@@ -138,17 +144,28 @@ METHODS: dict[str, Callable[[Material, dict[str, Any]], Any]] = {
     "AMM, learned, low rank": lambda *a: run_learned(*a, critic_head="low_rank"),
     "AMM, learned, full": lambda *a: run_learned(*a, critic_head="full"),
     # The effect on later states, with the exact critics
-    "AMM, full gradient": lambda *a: run_amm(*a, on_policy_gradient="full"),
-    "AMM, full gradient, JSD": lambda *a: run_amm(*a, on_policy_gradient="full", later_cost="jsd"),
-    "AMM, full gradient, reverse KL": lambda *a: run_amm(*a, on_policy_gradient="full", later_cost="reverse_kl"),
+    "AMM, full gradient": lambda *a: run_amm(*a, **full("total_variation")),
+    "AMM, full gradient, JSD": lambda *a: run_amm(*a, **full("jsd")),
+    "AMM, full gradient, reverse KL": lambda *a: run_amm(*a, **full("reverse_kl")),
+    "AMM, full gradient, reverse KL, 0.1": lambda *a: run_amm(*a, **full("reverse_kl", later_weight=0.1)),
+    "AMM, full gradient, value": lambda *a: run_amm(*a, **full("total_variation", later_baseline="value")),
     "AMM, penalised": lambda *a: run_amm(*a, critic="exact_penalised"),
-    "AMM, penalised, full gradient": lambda *a: run_amm(*a, critic="exact_penalised", on_policy_gradient="full"),
-    "AMM, full gradient, value": lambda *a: run_amm(*a, on_policy_gradient="full", later_baseline="value"),
+    "AMM, penalised, full gradient": lambda *a: run_amm(*a, **full("total_variation", critic="exact_penalised")),
 }
 
 
 # Methods that are shown once more, at the entropy of another
-SHARPENED = {"SFT, teacher's texts": "AMM", "JSD": "AMM", "AMM": "AMM, full gradient"}
+SHARPENED = [
+    ("SFT, teacher's texts", "AMM"),
+    ("JSD", "AMM"),
+    ("AMM", "AMM, full gradient"),
+    ("AMM", "AMM, full gradient, reverse KL, 0.1"),
+]
+
+
+def sharper(method: str, example: str) -> str:
+    """Name of a method at the entropy of another."""
+    return f"{method}, as sure as {example}"
 
 
 @torch.no_grad()
@@ -178,8 +195,7 @@ def critic_bytes(trainer: Any) -> int:
 def summarise(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
     """Rows of the table: mean and standard deviation over the seeds of a method, in the order of `METHODS`."""
     rows = {name: results[name] for name in ("teacher", "before") if name in results}
-    names = [name for method in METHODS for name in (method, f"{method}, sharpened")]
-    for method in names:
+    for method in [*METHODS, *(sharper(*pair) for pair in SHARPENED)]:
         runs = [run for name, run in results.items() if name.startswith(f"{method} / ")]
         if len(runs) == 1:
             rows[method] = runs[0]
@@ -191,8 +207,8 @@ def summarise(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]
 
 def differences(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
     """AMM minus each other method, run by run of the same seed: mean and standard deviation over the seeds."""
-    names = [name for method in METHODS if method != "AMM" for name in (method, f"{method}, sharpened")]
-    pairs = [("AMM", name) for name in names] + [("AMM, full gradient", "AMM, sharpened")]
+    pairs = [("AMM", method) for method in METHODS if method != "AMM"]
+    pairs += [(example, sharper(method, example)) for method, example in SHARPENED]
     rows = {f"{left} - {right}": difference(results, left, right) for left, right in pairs}
     return {name: row for name, row in rows.items() if row}
 
@@ -299,10 +315,10 @@ def main() -> None:
         if name not in runs:
             keep(name, model)
     for seed, method in itertools.product(args.seeds, args.methods):
-        name, sharper = f"{method} / {seed}", f"{method}, sharpened / {seed}"
-        example = runs.get(f"{SHARPENED.get(method)} / {seed}")
-        sharpens = example is not None and sharper not in runs
-        if name in runs and not sharpens:
+        name = f"{method} / {seed}"
+        examples = [example for one, example in SHARPENED if one == method and f"{example} / {seed}" in runs]
+        examples = [example for example in examples if f"{sharper(method, example)} / {seed}" not in runs]
+        if name in runs and not examples:
             continue
         print(f"{method}, seed {seed}")
         trainer = METHODS[method](
@@ -313,11 +329,12 @@ def main() -> None:
         costs = {"train_seconds": time.perf_counter() - start, "critic_bytes": critic_bytes(trainer)}
         if name not in runs:
             keep(name, trainer.model, **costs)
-        if sharpens:
-            target = example["student_states/student_entropy"]
-            factor = sharpen(trainer.model, target, lambda m: evaluate(m)["student_states/student_entropy"])
-            keep(sharper, trainer.model, **costs)
-            print(f"{method}, seed {seed}: logits times {factor:.3f}")
+        for example in examples:
+            student = copy.deepcopy(trainer.model)
+            target = runs[f"{example} / {seed}"]["student_states/student_entropy"]
+            factor = sharpen(student, target, lambda m: evaluate(m)["student_states/student_entropy"])
+            keep(f"{sharper(method, example)} / {seed}", student, **costs)
+            print(f"{method}, seed {seed}: logits times {factor:.3f}, as sure as {example}")
     write_table(args, results)
 
 

@@ -263,7 +263,7 @@ def test_value_head_low_rank_projection_has_entries_of_size_root_of_the_width():
     # 16,000 draws: their spread is known to 0.6 %
     assert critic.projection.std().item() == pytest.approx(20.0, rel=0.03)
     states, _ = critic.pair(critic_features(normal(30, 400, seed=9)), LMHead(torch.zeros(50, 8)))
-    assert states.square().mean().item() == pytest.approx(1.0, rel=0.2)
+    assert (states / critic.scale).square().mean().item() == pytest.approx(1.0, rel=0.2)
 
 
 # Memory

@@ -26,8 +26,8 @@ def test_settings_of_a_critic_that_is_not_learned_warn(tmp_path, caplog):
     args = config(tmp_path, critic_steps=3, critic_betas=[0.5, 0.9], critic_learning_rate=0.1)
     assert warned(caplog, args) == [
         '`critic_steps`, `critic_betas`: set, but nothing reads them with `critic="exact"` and '
-        '`on_policy_gradient="direct"`. `critic_*` concern `critic="value_head"`, `later_*` '
-        '`on_policy_gradient="full"`.'
+        '`on_policy_gradient="direct"`. `critic_*` concern `critic="value_head"` (`critic_rank` the head "low_rank"), '
+        '`later_*` `on_policy_gradient="full"`, `vllm_*` `use_vllm=True`.'
     ]
 
 
@@ -39,6 +39,26 @@ def test_features_of_a_critic_that_is_not_learned_warn_of_that_alone(tmp_path, c
 def test_later_settings_of_a_direct_gradient_warn(tmp_path, caplog):
     (message,) = warned(caplog, config(tmp_path, later_cost="jsd"))
     assert message.startswith("`later_cost`: set, but nothing reads")
+
+
+def test_rank_of_a_head_that_has_none_warns(tmp_path, caplog):
+    (message,) = warned(caplog, config(tmp_path, critic="value_head", critic_rank=7))
+    assert message.startswith("`critic_rank`: set, but nothing reads")
+    assert warned(caplog, config(tmp_path, critic="value_head", critic_rank=7, critic_head="low_rank")) == []
+
+
+def test_full_gradient_with_one_rollout_per_step_warns(tmp_path, caplog):
+    one = {"on_policy_gradient": "full", "per_device_train_batch_size": 2}
+    (message,) = warned(caplog, config(tmp_path, **one))
+    assert message.startswith("An optimizer step has 1 rollouts, but later costs are compared between rollouts")
+    assert warned(caplog, config(tmp_path, **one, later_baseline="value")) == []
+    assert warned(caplog, config(tmp_path, **one, gradient_accumulation_steps=2)) == []
+
+
+def test_greedy_rollouts_of_a_full_gradient_warn(tmp_path, caplog):
+    args = config(tmp_path, on_policy_gradient="full", generation_kwargs={"do_sample": False, "max_new_tokens": 5})
+    (message,) = warned(caplog, args)
+    assert message.startswith("Rollouts are drawn with `do_sample=False`, so")
 
 
 def test_betas_as_a_tuple_of_the_defaults_do_not_warn(tmp_path, caplog):
@@ -151,7 +171,7 @@ def test_watch_full_gradient_warns_of_drift_once(tmp_path, caplog, name, values,
 
 def test_trainer_warns_of_its_settings_and_watches_its_critics(tokenizer, tmp_path, caplog):
     student, teacher = pair(tokenizer)
-    options = {"critic": "value_head", "critic_learning_rate": 1e-6, "critic_features": "student", "critic_rank": 8}
+    options = {"critic": "value_head", "critic_learning_rate": 1e-6, "critic_features": "student"}
     args = config(tmp_path, max_steps=6, per_device_train_batch_size=2, **options)
     with caplog.at_level(logging.WARNING, logger="trl_kd"):
         AMMTrainer(student, teacher, args, tiny_dataset(), processing_class=tokenizer).train()

@@ -480,3 +480,49 @@ def test_module_beside_the_critics_steps_with_the_student_and_they_by_themselves
     sizes = [sum(len(group["params"]) for group in optimizers[name].param_groups) for name in list(optimizers)[::2]]
     assert sizes == [2, 2]
     assert len(logged(trainer, "kd/aux_grad_norm")) == len(logged(trainer, "kd/critic_grad_norm")) == 2
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_micro_batch_without_trained_tokens_is_zero_and_connected(tokenizer, tmp_path, order):
+    trainer = build(tokenizer, tmp_path, critic_order=order)
+    batch = trainer.data_collator([{"input_ids": [5, 6, 7], "labels": [-100] * 3, "prompt_length": 3}] * 2)
+    trainer.auxiliary.start(1)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    assert loss.item() == 0.0
+    gradients = [parameter.grad for parameter in trainer.model.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+    # Each rank joins in the ascent, whatever it has seen
+    assert len(trainer._seen) == (order == "after")
+
+
+def test_source_that_a_step_lacks_leaves_its_critic_alone(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, per_device_train_batch_size=1, lmbda=0.5, max_steps=6)
+    trainer.train()
+    rollouts = len(logged(trainer, "kd/on_policy/completion_length"))
+    assert 0 < rollouts < 6
+    state = trainer.auxiliary.critic_optimizer.state
+    steps = {name: state[trainer.auxiliary.modules[name].weight]["step"].item() for name in SOURCES}
+    assert steps == {"off_policy": 5 * (6 - rollouts), "on_policy": 5 * rollouts}
+
+
+@pytest.mark.parametrize("head", ["full", "low_rank", "tied"])
+def test_critic_of_a_float16_teacher_rises_as_one_in_float32(head):
+    """At a width where unscaled states, or their gradients, leave the range of float16."""
+    generator = torch.Generator().manual_seed(0)
+    heads = dict.fromkeys((torch.float16, torch.float32))
+    weight = torch.randn(64, 1024, generator=generator) * 3
+    features = torch.randn(8, 1024, generator=generator)
+    target = torch.randn(8, 64, generator=generator).sign() * 1e-4
+    for dtype in heads:
+        embeddings = LMHead(weight.to(dtype))
+        critic = ValueHead(head, 1024, embeddings, rank=16)
+        optimizer = torch.optim.Adam(critic.parameters(), lr=0.1, betas=(0.0, 0.9))
+        for _ in range(3):
+            optimizer.zero_grad()
+            (-(critic(features, embeddings) * target).sum()).backward()
+            optimizer.step()
+        heads[dtype] = (critic(features, embeddings) * target).sum().item()
+    assert heads[torch.float32] > 1e-3
+    assert heads[torch.float16] == pytest.approx(heads[torch.float32], rel=1e-2)

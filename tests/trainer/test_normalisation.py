@@ -77,3 +77,16 @@ def test_gradient_equals_plain_total_variation_of_the_whole_batch(tokenizer, tmp
     norm = torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm()
     assert logged(trainer, "grad_norm")[0] == pytest.approx(norm.item(), rel=1e-5)
     assert logged(trainer, "loss")[0] == pytest.approx((total / count).item(), rel=1e-5)
+
+
+def test_stream_whose_end_leaves_half_a_step_trains_on_whole_steps(tokenizer, tmp_path):
+    """The Trainer would keep the gradient of the leftover micro-batch for the next epoch's first step."""
+    student, teacher = pair(tokenizer)
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 3}
+    args = config(tmp_path, lmbda=0.0, learning_rate=1e-9, **sizes)
+    stream = tiny_dataset(12).to_iterable_dataset()
+    trainer = AMMTrainer(student, teacher, args, stream, processing_class=tokenizer)
+    trainer.train()
+    first, *others = logged(trainer, "loss")
+    assert others == pytest.approx([first] * 2, rel=1e-5)
+    assert logged(trainer, "grad_norm") == pytest.approx([logged(trainer, "grad_norm")[0]] * 3, rel=1e-5)

@@ -142,7 +142,7 @@ class ValueHead(nn.Module):
         Returns:
             `tuple[torch.Tensor, LMHead]`: states of shape `(N, ·)`, and a head with `head(states)` = f in `(N, V)`.
         """
-        features = features.to(self.weight.dtype)
+        features = features.to(self.weight.dtype) * self.scale
         weight = self.weight
         if self.head == "low_rank":
             # Mixed precision would round what is summed next
@@ -152,8 +152,10 @@ class ValueHead(nn.Module):
             with torch.autocast(features.device.type, enabled=False):
                 features = features @ self.weight.T @ self.whitening
             weight = embeddings.weight
-        # A head with soft cap B computes B tanh(scale W x / B)
-        return features, LMHead(weight, scale=self.bound * self.scale, soft_cap=self.bound)
+            if weight.dtype == torch.float16 and not torch.is_autocast_enabled(features.device.type):
+                weight = weight.float()  # its gradients would vanish
+        # A head with scale and soft cap B computes B tanh(W x)
+        return features, LMHead(weight, scale=self.bound, soft_cap=self.bound)
 
     def forward(self, features: torch.Tensor, embeddings: LMHead | None = None) -> torch.Tensor:
         r"""

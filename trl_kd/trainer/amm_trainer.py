@@ -18,6 +18,7 @@ from trl_kd.losses import (
     forward_kl,
     linear_loss,
     total_variation,
+    weighted_sum,
 )
 from trl_kd.trainer.amm_config import AMMConfig
 from trl_kd.trainer.amm_warnings import DriftWatch, warn_of_settings
@@ -40,8 +41,8 @@ class AMMTrainer(_KDTrainer):
     lowers the difference, on text of the dataset or the teacher (off-policy) and on its own (on-policy).
 
     Note:
-        The paper's critic is learned. The critics here are the exact optima over two classes of functions (see
-        `losses/moments.py`); hyperparameters are ours.
+        The paper's critic is learned, in a form that is not known to us. Ours is a value head (`modules/critic.py`);
+        the default is the exact optimum over a class of functions (`losses/moments.py`). Hyperparameters are ours.
 
     Examples:
 
@@ -124,6 +125,14 @@ class AMMTrainer(_KDTrainer):
     def auxiliary_modules(self) -> dict[str, nn.Module]:
         """The critics, and the baseline of later costs if it is learned."""
         args, modules = self.args, {}
+        if (self.learns_critic or args.on_policy_gradient == "full") and (
+            self.is_deepspeed_enabled or self.is_fsdp_enabled
+        ):
+            raise NotImplementedError(
+                f'`critic="{args.critic}"` with `on_policy_gradient="{args.on_policy_gradient}"` needs the output '
+                "heads outside of a forward, where DeepSpeed and FSDP may have put their weights away; this has not "
+                'been run. Use DDP, or `critic="exact"` with `on_policy_gradient="direct"`.'
+            )
         teacher_head, width = self.teacher.head, self.model.get_output_embeddings().in_features
         if self.learns_critic:
             modules |= make_critics(args, width, teacher_head, self.accelerator.device)
@@ -137,6 +146,11 @@ class AMMTrainer(_KDTrainer):
         """Whether critics rise, or later costs are compared, before the student's first loss."""
         args = self.args
         return (self.learns_critic and args.critic_order == "before") or args.on_policy_gradient == "full"
+
+    def get_batch_samples(self, *arguments: Any, **kwargs: Any) -> tuple[list, Any]:
+        """As the base's; what a step that was cut off has seen is forgotten."""
+        self._seen = []
+        return super().get_batch_samples(*arguments, **kwargs)
 
     def prepare_step(self, tokens: list[TokenBatch]) -> list[dict[str, torch.Tensor]]:
         """The critics' ascent, and the advantages of the later states."""
@@ -158,7 +172,7 @@ class AMMTrainer(_KDTrainer):
 
     def _before_optimizer_step(self) -> None:
         super()._before_optimizer_step()
-        if self._seen:
+        if self.learns_critic and self.args.critic_order == "after":
             tokens, self._seen = self._seen, []
             self.ascend(tokens)
 
@@ -166,10 +180,10 @@ class AMMTrainer(_KDTrainer):
         """Both moments of one micro-batch, and the additional losses, on the same logits."""
         if not self.learns_critic:
             return self._game(tokens, {"moment": Term(_MOMENTS[self.args.critic], weights=self._discounted(tokens))})
-        if not len(tokens.labels):
-            return self._game(tokens, {})
         if self.model.training and self.args.critic_order == "after":
             self._seen.append(tokens.detach())
+        if not len(tokens.labels):  # a zero that is connected to every parameter, as DDP requires
+            return self._game(tokens, {"moment": Term(exact_moment, weights=self._discounted(tokens))})
         # d_off and d_on have a critic each
         parts = {source: tokens.of_source(source == "on_policy") for source in SOURCES}
         results = {source: self._game_of(source, part) for source, part in parts.items() if len(part.labels)}
@@ -208,10 +222,14 @@ class AMMTrainer(_KDTrainer):
         if args.kl_loss_weight > 0:
             terms["forward_kl"] = Term(forward_kl, weights=args.kl_loss_weight * tokens.weights)
         if "advantage" in tokens.step_values:
-            # later_weight * mean_t A_t log pi_S(y_t | s_t), ramped in
+            # later_weight * mean_t A_t log pi_S(y_t | s_t) as a part of the on-policy moment, ramped in
             share = args.later_weight * min(1.0, (self.state.global_step + 1) / max(args.later_warmup_steps, 1))
             weights = -share * self._discounted(tokens) * tokens.step_values["advantage"]
             terms["later_states"] = Term(cross_entropy, ("student", "labels"), weights)
         result = linear_loss(tokens.pairs, terms, tokens.labels, args.loss_chunk_size)
-        result.values.pop("later_states", None)  # a likelihood, of which the weights make a gradient
-        return result
+        if "later_states" not in terms:
+            return result
+        # Its gradient is meant, its value says nothing: the loss stays the moments'
+        values = dict(result.values)
+        surrogate = weighted_sum(values.pop("later_states"), terms["later_states"].weights)
+        return LinearLoss(result.loss - surrogate, values)

@@ -26,18 +26,26 @@ def warn_of_settings(args: Any) -> None:
     changed = [
         field.name for field in fields(args) if field.name.startswith(args.unread()) and _is_changed(args, field)
     ]
+    if args.critic == "value_head" and args.critic_head != "low_rank" and args.critic_rank != type(args).critic_rank:
+        changed.append("critic_rank")
     if changed:
         names = ", ".join(f"`{name}`" for name in changed)
         logger.warning(
             f'{names}: set, but nothing reads them with `critic="{args.critic}"` and '
-            f'`on_policy_gradient="{args.on_policy_gradient}"`. `critic_*` concern `critic="value_head"`, `later_*` '
-            '`on_policy_gradient="full"`.'
+            f'`on_policy_gradient="{args.on_policy_gradient}"`. `critic_*` concern `critic="value_head"` '
+            '(`critic_rank` the head "low_rank"), `later_*` `on_policy_gradient="full"`, `vllm_*` `use_vllm=True`.'
         )
     if args.critic == "value_head" and args.critic_features == "student":
         logger.warning(
             '`critic_features` is "student". For a linear critic on the student\'s own states the moment is the '
             "gradient of forward KL with respect to the student's output head, which is nearly zero after "
             'fine-tuning however much the models differ. Take "both" or "teacher".'
+        )
+    rollouts = args.lmbda * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.on_policy_gradient == "full" and args.later_baseline == "position" and rollouts < 2:
+        logger.warning(
+            f"An optimizer step has {rollouts:g} rollouts, but later costs are compared between rollouts, so one "
+            'alone has no effect. Raise `gradient_accumulation_steps` or `lmbda`, or take `later_baseline="value"`.'
         )
     if args.on_policy_gradient == "full" and (altered := _altered_sampling(args)):
         logger.warning(
@@ -54,9 +62,11 @@ def _is_changed(args: Any, field: Field) -> bool:
 
 
 def _altered_sampling(args: Any) -> str:
-    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-    used = {name: vars(args)[name] for name in plain} | (args.generation_kwargs or {})
-    return ", ".join(f"`{name}={used[name]}`" for name, value in plain.items() if used[name] != value)
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "do_sample": True}
+    used = {name: vars(args)[name] for name in plain if name in vars(args)} | (args.generation_kwargs or {})
+    lengths = ("max_new_tokens", "max_length", "max_tokens", "use_cache")
+    altered = {name: value for name, value in used.items() if name not in lengths and value != plain.get(name)}
+    return ", ".join(f"`{name}={value}`" for name, value in altered.items())
 
 
 class DriftWatch(TrainerCallback):

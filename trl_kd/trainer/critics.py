@@ -148,8 +148,8 @@ class MomentCritics(AuxiliaryModules):
             `dict[str, tuple[torch.Tensor, torch.Tensor]]`: sums and weights to log. The moments are those before the
             first step, when the critics have not seen these tokens.
         """
-        critics = list(self.critics)
-        rows = {name: [batch.of_source(name == "on_policy") for batch in tokens] for name in critics}
+        rows = {name: [batch.of_source(name == "on_policy") for batch in tokens] for name in self.critics}
+        critics = self._present(rows)
         features = {name: [self.features(batch) for batch in batches] for name, batches in rows.items()}
         report = {}
         for index in range(self.args.critic_steps):
@@ -159,7 +159,7 @@ class MomentCritics(AuxiliaryModules):
                 values = [self._backward(name, batch, x, with_metrics=is_first) for batch, x in each]
                 if is_first:
                     report |= self._unseen(name, {key: torch.cat([v[key] for v in values]) for key in values[0]})
-            grad_norm = self._step()
+            grad_norm = self._step(critics)
             if is_first:
                 report["kd/critic_grad_norm"] = (grad_norm, torch.ones(()))
         learning_rate = self.critic_optimizer.param_groups[0]["lr"]
@@ -199,9 +199,17 @@ class MomentCritics(AuxiliaryModules):
             f"kd/{name}/critic_objective": (values["objective"].sum(), count),
         }
 
-    def _step(self) -> torch.Tensor:
+    def _present(self, rows: dict[str, list[TokenBatch]]) -> list[str]:
+        """Sources that have tokens on any rank: a step of Adam on nothing would still change its second moments."""
+        device = self.accelerator.device
+        counts = torch.tensor([sum(len(part.labels) for part in parts) for parts in rows.values()], device=device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return [name for name, count in zip(rows, counts.tolist(), strict=True) if count]
+
+    def _step(self, critics: list[str]) -> torch.Tensor:
         """One step of Adam on the gradient of all ranks; its norm."""
-        parameters = self.critic_parameters()
+        parameters = [parameter for name in critics for parameter in self.modules[name].parameters()]
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
                 # The mean: row weights are times the number of ranks already

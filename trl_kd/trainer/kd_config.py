@@ -314,7 +314,7 @@ class KDConfig(SFTConfig):
 
     def unread(self) -> tuple[str, ...]:
         """Prefixes of fields that nothing reads under these settings."""
-        return ()
+        return () if self.use_vllm else ("vllm_",)
 
     def _refuse_ignored_options(self) -> None:
         """Options of SFTConfig that belong to its own loss: refused, since nothing would come of them."""

@@ -138,7 +138,8 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         args = self.args
         self.sampling = Sampling.of(args)
         self.write_with_student = student_writer(self)
-        writes = args.lmbda > 0 or args.off_policy_source == "teacher" or not has_completions(train_dataset)
+        complete = args.packing or has_completions(train_dataset)  # a packed row may begin with a prompt
+        writes = args.lmbda > 0 or args.off_policy_source == "teacher" or not complete
         self.rollouts = None
         if writes:
             self.rollouts = RolloutWriter(
@@ -160,8 +161,9 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Micro-batches of one optimizer step with their rollouts, counted after these are in place."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
+        if len(batches) < num_batches:
+            # The end of a stream: the Trainer would keep this gradient for the next epoch's first step
+            return [], None
         if self.rollouts is not None:
             batches = self.rollouts.replace(
                 batches, self.state.global_step, self.write_with_student, self.write_with_teacher

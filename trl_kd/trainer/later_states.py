@@ -54,12 +54,13 @@ class StateValue(nn.Module):
         self.register_buffer("gram", torch.zeros(num_features, num_features))
         self.register_buffer("target", torch.zeros(num_features))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Values `(N,)` of features `(N, D)`; zero before the first update."""
+    def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Values `(N,)` of features `(N, D)`, of several batches; zero before the first update."""
         size = self.gram.diagonal().mean().clamp_min(1e-12)
         ridge = torch.eye(len(self.gram), device=self.gram.device) * (_RIDGE * size)
-        with torch.autocast(features.device.type, enabled=False):
-            return features @ torch.linalg.solve(self.gram + ridge, self.target)
+        with torch.autocast(self.gram.device.type, enabled=False):
+            weight = torch.linalg.solve(self.gram + ridge, self.target)
+            return [part @ weight for part in features]
 
     def update(self, gram: torch.Tensor, target: torch.Tensor) -> None:
         """Forget a little, and add the sums x x' and x times return of one step, over all ranks."""
@@ -93,12 +94,12 @@ def later_advantages(
     pairs = list(zip(rollouts, measured, strict=True))
     returns = [_along_rollouts(values["cost"], batch, args.later_gamma) for batch, values in pairs]
     if state_value is None:
-        found = _less_position_means(returns, [batch.positions for batch in rollouts], args, accelerator)
+        found = _less_position_means(returns, [batch.positions for batch in rollouts], accelerator)
     else:
         features = [_state_features(*pair, args) for pair in pairs]
         found = [
-            _generalised(values["cost"], state_value(x), batch, args.later_gamma)
-            for (batch, values), x in zip(pairs, features, strict=True)
+            _generalised(values["cost"], expected, batch, args.later_gamma)
+            for (batch, values), expected in zip(pairs, state_value(features), strict=True)
         ]
         x, g = torch.cat(features), torch.cat(returns).to(features[0].dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -129,11 +130,12 @@ def _along_rollouts(values: torch.Tensor, batch: TokenBatch, gamma: float) -> to
 
 
 def _less_position_means(
-    returns: list[torch.Tensor], positions: list[torch.Tensor], args: Any, accelerator: Any
+    returns: list[torch.Tensor], positions: list[torch.Tensor], accelerator: Any
 ) -> list[torch.Tensor]:
     """Leave-one-out: what the others got at this position; nobody there, no signal."""
     g, t = torch.cat(returns), torch.cat(positions)
-    length = max(args.max_completion_length, int((args.generation_kwargs or {}).get("max_new_tokens") or 0))
+    # Of the longest rollout on any rank
+    length = int(accelerator.gather(torch.cat([t, t.new_zeros(1)]).max() + 1).max())
     sums = torch.zeros(2, length, dtype=g.dtype, device=g.device).index_add_(
         1, t, torch.stack([g, torch.ones_like(g)])
     )

@@ -24,7 +24,7 @@ def look_ahead(trainer: Any, batches: list[dict[str, Any]]) -> None:
     """
     student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     was_training = student.training
-    student.eval()  # dropout would let the critic see other states than the loss, and move the random state
+    student.eval()  # dropout would move the random state, and by another amount for every split
     try:
         tokens = [_read(trainer, student, batch) for batch in batches]
     finally:
