@@ -26,7 +26,7 @@ def _scaled_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> t
     return generalized_jsd(student_logits, teacher_logits) * (2.0 / math.log(2.0))
 
 
-# Per-token costs of a state, of about one size: twice the total variation and the scaled JSD lie in [0, 2]
+# Per-token costs of a state. Twice the total variation and the scaled JSD lie in [0, 2], the reverse KL has no bound
 COSTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "total_variation": exact_moment,
     "jsd": _scaled_jsd,
