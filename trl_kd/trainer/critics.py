@@ -121,10 +121,13 @@ class MomentCritics(AuxiliaryModules):
     def start(self, num_training_steps: int) -> None:
         """Make the optimizers."""
         super().start(num_training_steps)
-        args, parameters = self.args, self.critic_parameters()
-        if parameters:
-            betas = tuple(map(float, args.critic_betas))
-            self.critic_optimizer = torch.optim.Adam(parameters, lr=args.critic_learning_rate, betas=betas)
+        # Gradients shrink with the factor of the values; next to Adam's usual 1e-8, wide critics would hardly move
+        groups = [
+            {"params": list(critic.parameters()), "eps": 1e-8 * critic.scale} for critic in self.critics.values()
+        ]
+        if groups:
+            betas = tuple(map(float, self.args.critic_betas))
+            self.critic_optimizer = torch.optim.Adam(groups, lr=self.args.critic_learning_rate, betas=betas)
 
     def pair(self, source: str, tokens: TokenBatch) -> tuple[torch.Tensor, LMHead]:
         """States and head of a source's critic at these tokens, for `linear_loss`."""
