@@ -528,3 +528,21 @@ def test_critic_of_a_float16_teacher_rises_as_one_in_float32(head):
         heads[dtype] = (critic(features, embeddings) * target).sum().item()
     assert heads[torch.float32] > 1e-6
     assert heads[torch.float16] == pytest.approx(heads[torch.float32], rel=1e-2)
+
+
+@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+@pytest.mark.parametrize("options", [{"critic": "value_head"}, {"on_policy_gradient": "full", "critic": "exact"}])
+def test_heads_outside_of_a_forward_are_refused_where_weights_are_put_away(tokenizer, tmp_path, engine, options):
+    trainer = build(tokenizer, tmp_path, **options)
+    setattr(trainer, engine, True)
+    with pytest.raises(
+        NotImplementedError, match="needs the output heads outside of a forward, where DeepSpeed and FSDP"
+    ):
+        trainer.auxiliary_modules()
+
+
+def test_tokens_of_a_step_that_was_cut_off_are_forgotten(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, critic_order="after")
+    trainer._seen = ["left over"]
+    assert trainer.get_batch_samples(iter([]), 1, torch.device("cpu")) == ([], None)
+    assert trainer._seen == []

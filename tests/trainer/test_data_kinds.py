@@ -326,3 +326,18 @@ def test_bf16_multiplies_in_bfloat16_and_sums_in_float32(tokenizer, tmp_path, bf
     trainer.train()
     product = torch.bfloat16 if bf16 else torch.float32
     assert seen == {"student": product, "teacher": product, "inside_teacher": product, "loss": torch.float32}
+
+
+@pytest.mark.parametrize("critic", ["exact", "value_head"])
+def test_packed_row_that_is_prompt_alone_trains_without_rollouts(tokenizer, tmp_path, critic):
+    student, teacher = pair(tokenizer)
+    prompt = "What is the fox and the bird and the river and the sky and the grass"
+    rows = Dataset.from_list([{"prompt": prompt, "completion": " The sky is blue"}] * 8)
+    packing = {"packing": True, "packing_strategy": "wrapped", "max_length": 12, "per_device_train_batch_size": 1}
+    args = config(tmp_path, lmbda=0.0, critic=critic, max_steps=3, **packing)
+    trainer = AMMTrainer(student, teacher, args, rows, processing_class=tokenizer)
+    trained = [any(label != -100 for label in row["labels"]) for row in trainer.train_dataset]
+    assert trained[:2] == [False, True]  # the first step has no trained token
+    assert trainer.rollouts is None
+    trainer.train()
+    assert [value > 0 for value in logged(trainer, "loss")] == trained[:3]
