@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from trl_kd.modules.critic import CRITIC_HEADS
 from trl_kd.trainer.kd_config import KDConfig, check_choice, check_range
 
 
@@ -236,7 +237,7 @@ class AMMConfig(KDConfig):
             raise ValueError(f"`{name}` is {gamma}, but it discounts later tokens. Set it in (0, 1].")
 
     def _check_critic(self) -> None:
-        check_choice("critic_head", self.critic_head, ("full", "low_rank", "tied"))
+        check_choice("critic_head", self.critic_head, CRITIC_HEADS)
         check_choice("critic_features", self.critic_features, ("teacher", "both", "student"))
         check_choice("critic_order", self.critic_order, ("before", "after"))
         positive = float("inf")

@@ -20,7 +20,7 @@ from trl_kd.trainer.auxiliary import AuxiliaryModules, StepHooks
 from trl_kd.trainer.completions import log_completions, with_teacher_completions
 from trl_kd.trainer.health import Health
 from trl_kd.trainer.kd_config import KDConfig
-from trl_kd.trainer.lookahead import look_ahead
+from trl_kd.trainer.lookahead import look_ahead, teacher_states
 from trl_kd.trainer.metrics import MetricSums
 from trl_kd.trainer.tokens import (
     SelectedTokens,
@@ -190,10 +190,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     ) -> Any:
         student = self.accelerator.unwrap_model(model)
         selected = select_tokens(inputs)
-        teacher_hidden = inputs.get("teacher_hidden")
-        if teacher_hidden is None:
-            with self.accelerator.autocast():
-                teacher_hidden = self.teacher.hidden_states(**model_inputs(inputs))[:, :-1][selected.mask]
+        teacher_hidden = teacher_states(self, inputs, selected)
 
         def student_loss() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             tokens = self.read_tokens(student, inputs, selected, teacher_hidden)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from trl_kd import _compat
-from trl_kd.trainer.tokens import TokenBatch, model_inputs, select_tokens
+from trl_kd.trainer.tokens import SelectedTokens, TokenBatch, model_inputs, select_tokens
 
 
 @torch.no_grad()
@@ -39,9 +39,15 @@ def look_ahead(trainer: Any, batches: list[dict[str, Any]]) -> None:
         batch["step_values"] = answer
 
 
+def teacher_states(trainer: Any, batch: dict[str, Any], selected: SelectedTokens) -> torch.Tensor:
+    """The teacher's hidden states at the trained tokens, `(N, H_t)`; those of a look ahead are used again."""
+    if "teacher_hidden" in batch:
+        return batch["teacher_hidden"]
+    with trainer.accelerator.autocast():
+        return trainer.teacher.hidden_states(**model_inputs(batch))[:, :-1][selected.mask]
+
+
 def _read(trainer: Any, student: torch.nn.Module, batch: dict[str, Any]) -> TokenBatch:
     selected = select_tokens(batch)
-    with trainer.accelerator.autocast():
-        teacher_hidden = trainer.teacher.hidden_states(**model_inputs(batch))[:, :-1][selected.mask]
-    arguments = (student, batch, selected, teacher_hidden)
+    arguments = (student, batch, selected, teacher_states(trainer, batch, selected))
     return _compat.run_inside_forward(trainer.model_wrapped, student, lambda: trainer.read_tokens(*arguments))
