@@ -1,11 +1,15 @@
 """Per-token losses on logits. Pure functions of torch tensors; only `reduction` and `linear` reduce."""
 
 from trl_kd.losses.divergences import (
+    adaptive_kl,
     cross_entropy,
     entropy,
     forward_kl,
     generalized_jsd,
     reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+    top1_agreement,
     total_variation,
 )
 from trl_kd.losses.linear import LinearLoss, Term, linear_loss
@@ -27,6 +31,7 @@ from trl_kd.losses.reduction import token_mean, weighted_sum
 __all__ = [
     "LinearLoss",
     "Term",
+    "adaptive_kl",
     "critic_objective",
     "cross_entropy",
     "discount_weights",
@@ -43,7 +48,10 @@ __all__ = [
     "penalised_critic",
     "reverse_kl",
     "saturation",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
     "token_mean",
+    "top1_agreement",
     "total_variation",
     "weighted_sum",
 ]

@@ -4,13 +4,42 @@ Every function computes in at least float32 (float64 stays float64) and detaches
 probability zero. None of them reduces: `losses/reduction.py` does.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 
-def _log_probs(logits: torch.Tensor) -> torch.Tensor:
+def _log_probs(logits: torch.Tensor, kd_temperature: float = 1.0) -> torch.Tensor:
     """Log-softmax over the vocabulary in float32, or in float64 for float64 logits."""
-    return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if kd_temperature == 1.0:
+        return F.log_softmax(logits, dim=-1)
+    check_kd_temperature(kd_temperature)
+    return F.log_softmax(logits / kd_temperature, dim=-1)
+
+
+def check_kd_temperature(kd_temperature: float) -> None:
+    """Refuse temperatures that no softmax has."""
+    if not 0.0 < kd_temperature < math.inf:
+        raise ValueError(
+            f"`kd_temperature` is {kd_temperature}, but logits are divided by it. Set it above 0; 1 changes nothing."
+        )
+
+
+def check_beta(beta: float) -> None:
+    """Refuse what is no share."""
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"`beta` is {beta}, but it is the teacher's share in a mixture. Set it in [0, 1].")
+
+
+def check_skew(skew: float) -> None:
+    """Refuse what is no share."""
+    if not 0.0 <= skew < 1.0:
+        raise ValueError(
+            f"`skew` is {skew}, but it is the share of a distribution in the mixture that it is compared with; at 1, "
+            "that is with itself. Set it in [0, 1)."
+        )
 
 
 def _check_same_shape(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
@@ -20,6 +49,18 @@ def _check_same_shape(student_logits: torch.Tensor, teacher_logits: torch.Tensor
             f"{tuple(teacher_logits.shape)}. A divergence compares both models token by token over one vocabulary. "
             "Cut padded heads to the shared vocabulary."
         )
+
+
+def check_head(head: float) -> None:
+    """Refuse what is no mass."""
+    if not 0.0 <= head <= 1.0:
+        raise ValueError(f"`head` is {head}, but it is a mass of the teacher's distribution. Set it in [0, 1].")
+
+
+def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, share: float) -> torch.Tensor:
+    """log(share p + (1 - share) q), finite; mixed as probabilities, since `logaddexp` has a NaN gradient at -inf."""
+    mixture = share * log_p.exp() + (1.0 - share) * log_q.exp()
+    return mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()
 
 
 def _expected_log_ratio(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -32,7 +73,9 @@ def _expected_log_ratio(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tenso
     return (p * ratio).sum(dim=-1)
 
 
-def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+def forward_kl(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, kd_temperature: float = 1.0
+) -> torch.Tensor:
     r"""
     Per-token forward Kullback-Leibler divergence KL(teacher || student), in nats.
 
@@ -44,6 +87,8 @@ def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
             Unnormalised student scores, any float dtype; computed in float32, or in float64.
         teacher_logits (`torch.Tensor` of shape `(..., V)`):
             Unnormalised teacher scores over the same vocabulary. Detached.
+        kd_temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits of both models before the softmax. No factor restores the size of the gradient.
 
     Returns:
         `torch.Tensor` of shape `(...)`: non-negative, zero where both distributions agree.
@@ -61,10 +106,14 @@ def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
     ```
     """
     _check_same_shape(student_logits, teacher_logits)
-    return _expected_log_ratio(_log_probs(teacher_logits.detach()), _log_probs(student_logits))
+    return _expected_log_ratio(
+        _log_probs(teacher_logits.detach(), kd_temperature), _log_probs(student_logits, kd_temperature)
+    )
 
 
-def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+def reverse_kl(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, kd_temperature: float = 1.0
+) -> torch.Tensor:
     r"""
     Per-token reverse Kullback-Leibler divergence KL(student || teacher), in nats.
 
@@ -76,6 +125,8 @@ def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
             Unnormalised student scores, any float dtype; computed in float32, or in float64.
         teacher_logits (`torch.Tensor` of shape `(..., V)`):
             Unnormalised teacher scores over the same vocabulary. Detached.
+        kd_temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits of both models before the softmax. No factor restores the size of the gradient.
 
     Returns:
         `torch.Tensor` of shape `(...)`: non-negative, zero where both distributions agree.
@@ -93,10 +144,14 @@ def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
     ```
     """
     _check_same_shape(student_logits, teacher_logits)
-    return _expected_log_ratio(_log_probs(student_logits), _log_probs(teacher_logits.detach()))
+    return _expected_log_ratio(
+        _log_probs(student_logits, kd_temperature), _log_probs(teacher_logits.detach(), kd_temperature)
+    )
 
 
-def generalized_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float = 0.5) -> torch.Tensor:
+def generalized_jsd(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float = 0.5, kd_temperature: float = 1.0
+) -> torch.Tensor:
     r"""
     Per-token generalized Jensen-Shannon divergence, in nats.
 
@@ -115,6 +170,8 @@ def generalized_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor, 
             Unnormalised teacher scores over the same vocabulary. Detached.
         beta (`float`, *optional*, defaults to `0.5`):
             Weight of the teacher in the mixture, in [0, 1].
+        kd_temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits of both models before the softmax. No factor restores the size of the gradient.
 
     Returns:
         `torch.Tensor` of shape `(...)`: non-negative, zero where both distributions agree.
@@ -131,21 +188,167 @@ def generalized_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor, 
     tensor([0.6931])
     ```
     """
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"`beta` is {beta}, but it is the teacher's share in a mixture. Set it in [0, 1].")
+    check_beta(beta)
     if beta == 0.0:
-        return forward_kl(student_logits, teacher_logits)
+        return forward_kl(student_logits, teacher_logits, kd_temperature)
     if beta == 1.0:
-        return reverse_kl(student_logits, teacher_logits)
+        return reverse_kl(student_logits, teacher_logits, kd_temperature)
     _check_same_shape(student_logits, teacher_logits)
-    log_q, log_p = _log_probs(student_logits), _log_probs(teacher_logits.detach())
-    # Mixed as probabilities: the gradient of `logaddexp` is NaN where both arguments are -inf
-    mixture = beta * log_p.exp() + (1.0 - beta) * log_q.exp()
-    log_m = mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()
+    log_q = _log_probs(student_logits, kd_temperature)
+    log_p = _log_probs(teacher_logits.detach(), kd_temperature)
+    log_m = _log_mixture(log_p, log_q, beta)
     return beta * _expected_log_ratio(log_p, log_m) + (1.0 - beta) * _expected_log_ratio(log_q, log_m)
 
 
-def total_variation(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+def skewed_forward_kl(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, skew: float = 0.1, kd_temperature: float = 1.0
+) -> torch.Tensor:
+    r"""
+    Per-token skewed forward divergence KL(p || skew p + (1 - skew) q), in nats.
+
+    With p the teacher and q the student. The mixture never excludes what the teacher allows, so the value stays below
+    -log(skew). Gradient flows to the student only. Formula and default as in the code of
+    [Dual-Space Knowledge Distillation for Large Language Models](https://huggingface.co/papers/2406.17328).
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised student scores, any float dtype; computed in float32, or in float64.
+        teacher_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised teacher scores over the same vocabulary. Detached.
+        skew (`float`, *optional*, defaults to `0.1`):
+            Share of the teacher in the mixture, in [0, 1); 0 is the forward KL.
+        kd_temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits of both models before the softmax. No factor restores the size of the gradient.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: non-negative, zero where both distributions agree.
+
+    Raises:
+        ValueError: If the shapes differ, or `skew` lies outside of [0, 1).
+
+    Examples:
+
+    ```python
+    >>> student = torch.tensor([[1.0, 0.0]]).log()
+    >>> teacher = torch.tensor([[0.0, 1.0]]).log()
+    >>> skewed_forward_kl(student, teacher, skew=0.5)  # ln 2
+    tensor([0.6931])
+    ```
+    """
+    check_skew(skew)
+    if skew == 0.0:
+        return forward_kl(student_logits, teacher_logits, kd_temperature)
+    _check_same_shape(student_logits, teacher_logits)
+    log_q = _log_probs(student_logits, kd_temperature)
+    log_p = _log_probs(teacher_logits.detach(), kd_temperature)
+    return _expected_log_ratio(log_p, _log_mixture(log_p, log_q, skew))
+
+
+def skewed_reverse_kl(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, skew: float = 0.1, kd_temperature: float = 1.0
+) -> torch.Tensor:
+    r"""
+    Per-token skewed reverse divergence KL(q || skew q + (1 - skew) p), in nats.
+
+    With p the teacher and q the student. The mixture never excludes what the student allows, so the value stays below
+    -log(skew). Gradient flows to the student only, through both places of q. Formula and default as in the code of
+    [Dual-Space Knowledge Distillation for Large Language Models](https://huggingface.co/papers/2406.17328).
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised student scores, any float dtype; computed in float32, or in float64.
+        teacher_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised teacher scores over the same vocabulary. Detached.
+        skew (`float`, *optional*, defaults to `0.1`):
+            Share of the student in the mixture, in [0, 1); 0 is the reverse KL.
+        kd_temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits of both models before the softmax. No factor restores the size of the gradient.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: non-negative, zero where both distributions agree.
+
+    Raises:
+        ValueError: If the shapes differ, or `skew` lies outside of [0, 1).
+
+    Examples:
+
+    ```python
+    >>> student = torch.tensor([[1.0, 0.0]]).log()
+    >>> teacher = torch.tensor([[0.0, 1.0]]).log()
+    >>> skewed_reverse_kl(student, teacher, skew=0.5)  # ln 2
+    tensor([0.6931])
+    ```
+    """
+    check_skew(skew)
+    if skew == 0.0:
+        return reverse_kl(student_logits, teacher_logits, kd_temperature)
+    _check_same_shape(student_logits, teacher_logits)
+    log_q = _log_probs(student_logits, kd_temperature)
+    log_p = _log_probs(teacher_logits.detach(), kd_temperature)
+    return _expected_log_ratio(log_q, _log_mixture(log_q, log_p, skew))
+
+
+def adaptive_kl(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, head: float = 0.5, kd_temperature: float = 1.0
+) -> torch.Tensor:
+    r"""
+    Per-token mixture of forward and reverse KL by where the student is wrong, in nats.
+
+    The teacher's most likely tokens form the head, the rest, which holds up to a mass of `1 - head`, the tail. With
+    g_head and g_tail the sums of |p - q| over them: (g_head KL(p || q) + g_tail KL(q || p)) / (g_head + g_tail). The
+    shares carry no gradient; it flows to the student only. From
+    [Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language
+    Models](https://huggingface.co/papers/2404.02657); formula and default as in the code of
+    [Dual-Space Knowledge Distillation for Large Language Models](https://huggingface.co/papers/2406.17328).
+
+    Note:
+        That code gives NaN where both distributions are equal; this gives 0.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised student scores, any float dtype; computed in float32, or in float64.
+        teacher_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised teacher scores over the same vocabulary. Detached.
+        head (`float`, *optional*, defaults to `0.5`):
+            Smallest mass of the head, in [0, 1].
+        kd_temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits of both models before the softmax. No factor restores the size of the gradient.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: non-negative, zero where both distributions agree.
+
+    Raises:
+        ValueError: If the shapes differ, or `head` lies outside of [0, 1].
+
+    Examples:
+
+    ```python
+    >>> student = torch.tensor([[0.25, 0.75]]).log()
+    >>> teacher = torch.tensor([[0.75, 0.25]]).log()
+    >>> adaptive_kl(student, teacher)  # 0.5 * ln 3, whatever the shares
+    tensor([0.5493])
+    ```
+    """
+    check_head(head)
+    _check_same_shape(student_logits, teacher_logits)
+    log_q = _log_probs(student_logits, kd_temperature)
+    log_p = _log_probs(teacher_logits.detach(), kd_temperature)
+    share = head_share(log_p.exp(), log_q.detach().exp(), head)
+    return share * _expected_log_ratio(log_p, log_q) + (1.0 - share) * _expected_log_ratio(log_q, log_p)
+
+
+def head_share(teacher_probs: torch.Tensor, student_probs: torch.Tensor, head: float) -> torch.Tensor:
+    """Share of the head in the sum of |p - q|, `(...)`; one half where nothing differs."""
+    ascending, order = teacher_probs.sort(dim=-1)
+    gap = (teacher_probs - student_probs).abs().gather(-1, order)
+    in_tail = ascending.cumsum(dim=-1) <= 1.0 - head
+    total = gap.sum(dim=-1)
+    return torch.where(total > 0, gap.masked_fill(in_tail, 0.0).sum(dim=-1) / total, 0.5)
+
+
+def total_variation(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, kd_temperature: float = 1.0
+) -> torch.Tensor:
     r"""
     Per-token total variation distance, half of sum_v |p(v) - q(v)|.
 
@@ -157,6 +360,8 @@ def total_variation(student_logits: torch.Tensor, teacher_logits: torch.Tensor) 
             Unnormalised student scores, any float dtype; computed in float32, or in float64.
         teacher_logits (`torch.Tensor` of shape `(..., V)`):
             Unnormalised teacher scores over the same vocabulary. Detached.
+        kd_temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits of both models before the softmax. No factor restores the size of the gradient.
 
     Returns:
         `torch.Tensor` of shape `(...)`: in [0, 1], zero where both distributions agree.
@@ -174,7 +379,8 @@ def total_variation(student_logits: torch.Tensor, teacher_logits: torch.Tensor) 
     ```
     """
     _check_same_shape(student_logits, teacher_logits)
-    difference = _log_probs(teacher_logits.detach()).exp() - _log_probs(student_logits).exp()
+    p = _log_probs(teacher_logits.detach(), kd_temperature).exp()
+    difference = p - _log_probs(student_logits, kd_temperature).exp()
     return 0.5 * difference.abs().sum(dim=-1)
 
 
@@ -230,3 +436,35 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     """
     log_p = _log_probs(logits)
     return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
+
+
+def top1_agreement(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    r"""
+    Whether both models find the same token most likely: a metric, without gradient.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised student scores.
+        teacher_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised teacher scores over the same vocabulary.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: 1 where the student's first token is (one of) the teacher's most likely, else
+        0; in float32, or in float64.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Examples:
+
+    ```python
+    >>> student = torch.tensor([[0.6, 0.4], [0.3, 0.7]]).log()
+    >>> teacher = torch.tensor([[0.9, 0.1], [0.8, 0.2]]).log()
+    >>> top1_agreement(student, teacher)
+    tensor([1., 0.])
+    ```
+    """
+    _check_same_shape(student_logits, teacher_logits)
+    chosen = student_logits.argmax(dim=-1, keepdim=True)
+    agrees = teacher_logits.gather(-1, chosen).squeeze(-1) == teacher_logits.amax(dim=-1)
+    return agrees.to(torch.promote_types(student_logits.dtype, torch.float32)).detach()

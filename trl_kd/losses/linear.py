@@ -1,25 +1,41 @@
-"""Losses from hidden states and output heads, without the (tokens x vocabulary) logits of the whole batch.
+"""Losses from hidden states and output heads: row by row, gradient in the forward pass, in constant memory.
 
-`linear_loss` takes pairs of hidden states and heads, and terms: plain per-token functions of logits with one weight
-per row. Rows go through in chunks; the logits of a chunk live until its terms are computed, and are computed again in
-the backward pass. The seam is narrow on purpose: row weights go in, their weighted sum and the detached per-row values
-come out, so that an engine which makes its gradient in the forward pass can stand behind it.
+Logits of a large vocabulary are the largest tensors of training, and an exact loss needs each of them once: a product
+makes it, the objective turns it into its own gradient, and two more products take that to the hidden states and the
+head. Nothing has to outlive its rows. So `linear_loss` goes through the tokens once:
+
+    for each chunk of rows:          as many as matrix products like
+        logits = head(hidden)        of every model, into buffers that all chunks share
+        for each block of rows:      as many as the cache holds, the whole vocabulary of a row at once
+            objectives               values out; the gradient overwrites the logits
+        hidden.grad = logits' gradient @ weight;    weight.grad += logits' gradient' @ hidden
+
+The backward pass only scales what is there. This is why row weights go in, and their weighted sum and detached per-row
+values come out. The objectives are in `losses/fused.py`, what they see of a block in `losses/block.py`.
 """
 
+import functools
+import importlib.util
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
+from trl_kd.losses.block import Block, Scratch
+from trl_kd.losses.fused import fused_form, plain_form
 from trl_kd.losses.reduction import weighted_sum
 
 
-# Bytes of one chunk's float32 logits of one model, and the bounds on its rows: small chunks lose matrix-product
-# efficiency, large ones only memory.
-_CHUNK_BYTES = 2**26
-_MIN_ROWS, _MAX_ROWS = 32, 1024
+# Bytes of one chunk's logits of one model, by device, and the bounds on its rows: small chunks lose matrix-product
+# efficiency, large ones only memory
+_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
+_MIN_ROWS, _MAX_ROWS = 128, 1024
+# Elements of a block: a handful of float32 buffers of this size stay in the cache of a CPU; elsewhere it bounds memory
+_BLOCK_NUMEL = {"cpu": 2**17, "cuda": 2**27}
+# Rows of a half-precision head whose gradient is added at a time
+_SLICE = 2**13
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,10 @@ class Term:
 
     Args:
         function (`Callable`):
-            Plain per-token function of logits, such as `forward_kl`; takes what `inputs` names, returns `(n,)`.
+            Plain per-token function of logits, such as `forward_kl`; takes what `inputs` names, returns `(n,)`. The
+            functions of this package, and a `functools.partial` that fixes their options by name, have a fused form.
+            Any other is differentiated by autograd, one block of rows after the other, which is slower; its gradient
+            may only flow to the logits. Both forms get logits in float32 (or float64).
         inputs (`tuple[str, ...]`, *optional*, defaults to `("student", "teacher")`):
             Names of the pairs whose logits the function takes, in order. `"labels"` stands for the labels.
         weights (`torch.Tensor` of shape `(N,)`, *optional*):
@@ -39,10 +58,6 @@ class Term:
     function: Callable[..., torch.Tensor]
     inputs: tuple[str, ...] = ("student", "teacher")
     weights: torch.Tensor | None = None
-
-    def rows(self, chunk: slice) -> "Term":
-        """The same term on some of its rows."""
-        return self if self.weights is None else replace(self, weights=self.weights[chunk])
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,9 @@ def linear_loss(
     r"""
     Weighted sum of per-token objectives on the logits of several heads, in chunks of rows.
 
+    Note:
+        The gradient exists when this returns, so `backward` must run at most once.
+
     Args:
         pairs (`dict[str, tuple[torch.Tensor, LMHead]]`):
             Hidden states of shape `(N, H)` and the head that maps them to logits `(N, V)`, by name. All have the same
@@ -79,13 +97,14 @@ def linear_loss(
         labels (`torch.Tensor` of shape `(N,)`, *optional*):
             Next tokens, for terms that take `"labels"`.
         chunk_size (`int`, *optional*):
-            Rows per chunk. By default the logits of a chunk take 64 MiB per model.
+            Rows per chunk. By default 128, or as many (up to 1,024) as fit 32 MiB per model on a CPU, 512 MiB on a
+            GPU.
 
     Returns:
         [`LinearLoss`]: the loss, and the detached per-row values.
 
     Raises:
-        ValueError: If the numbers of rows differ.
+        ValueError: If the numbers of rows differ, or a function of the caller needs the gradient of something else.
 
     Examples:
 
@@ -98,6 +117,24 @@ def linear_loss(
     (tensor(0.), tensor([1.0986, 1.0986]))
     ```
     """
+    num_rows = _common_rows(pairs, terms, labels)
+    used = {name for term in terms.values() for name in term.inputs} & set(pairs)
+    weighted = {name for term in terms.values() if term.weights is not None for name in term.inputs}
+    if not torch.is_grad_enabled():
+        weighted = set()
+    names = [name for name in pairs if name in used]
+    run = _Run({name: pairs[name] for name in names}, terms, labels, num_rows, chunk_size)
+    tensors = []
+    for name in names:
+        hidden, head = pairs[name]
+        leaves = hidden, head.weight, head.bias
+        tensors += leaves if name in weighted else [None if leaf is None else leaf.detach() for leaf in leaves]
+    with torch.autocast(run.device.type, enabled=False):
+        loss = _GradientInForward.apply(run, *tensors)
+    return LinearLoss(loss, run.values)
+
+
+def _common_rows(pairs: dict[str, tuple[torch.Tensor, Any]], terms: dict[str, Term], labels: Any) -> int:
     rows = {name: hidden.shape[0] for name, (hidden, _) in pairs.items()}
     rows.update({name: term.weights.shape[0] for name, term in terms.items() if term.weights is not None})
     if labels is not None:
@@ -107,68 +144,233 @@ def linear_loss(
             f"The numbers of rows differ: {rows}. Hidden states, labels and weights describe the same tokens. Select "
             "the same positions for all of them."
         )
-    num_rows = next(iter(rows.values()))
-    size = chunk_size or _default_chunk_size(pairs)
-    training = torch.is_grad_enabled() and any(term.weights is not None for term in terms.values())
-    heads = {name: head for name, (_, head) in pairs.items()}
-    # Asked once: each answer waits for the device
-    all_count = {name: t.weights is None or bool((t.weights != 0).all()) for name, t in terms.items()}
-
-    losses, values = [], {name: [] for name in terms}
-    # An empty batch still makes one (empty) chunk: its zero loss is connected to every parameter, as DDP requires
-    for start in range(0, max(num_rows, 1), size):
-        chunk = slice(start, start + size)
-        hidden = {name: states[chunk] for name, (states, _) in pairs.items()}
-        chunk_terms = {name: term.rows(chunk) for name, term in terms.items()}
-        arguments = (hidden, heads, chunk_terms, all_count, None if labels is None else labels[chunk])
-        if training:
-            loss, chunk_values = checkpoint(_chunk_loss, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            loss, chunk_values = _chunk_loss(*arguments)
-        losses.append(loss)
-        for name, value in chunk_values.items():
-            values[name].append(value)
-    return LinearLoss(torch.stack(losses).sum(), {name: torch.cat(parts) for name, parts in values.items()})
+    return next(iter(rows.values()))
 
 
-def _default_chunk_size(pairs: dict[str, tuple[torch.Tensor, Any]]) -> int:
-    """Rows whose float32 logits fit the budget, for the widest head."""
-    vocab_size = max(head.weight.shape[0] for _, head in pairs.values())
-    return max(_MIN_ROWS, min(_MAX_ROWS, _CHUNK_BYTES // (4 * vocab_size)))
+class _GradientInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: "_Run", *tensors: torch.Tensor | None) -> torch.Tensor:
+        loss, ctx.gradients, ctx.boost = run(ctx.needs_input_grad[1:])
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Taken, not kept: autograd can hand them on without a copy
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "`backward` of a `linear_loss` was called twice, but its gradient is made only once, in the forward "
+                "pass, and handed over. Add up losses before `backward`, or compute the loss again."
+            )
+        factor = grad_output if ctx.boost is None else grad_output / ctx.boost
+        is_one = factor.device.type == "cpu" and factor == 1.0
+        found = []
+        for index, dtype in enumerate(ctx.dtypes):
+            gradient, gradients[index] = gradients[index], None
+            if gradient is not None:
+                gradient = (gradient if is_one else gradient.mul_(factor)).to(dtype)
+            found.append(gradient)
+        return None, *found
 
 
-def _chunk_loss(
-    hidden: dict[str, torch.Tensor],
-    heads: dict[str, Any],
-    terms: dict[str, Term],
-    all_count: dict[str, bool],
-    labels: torch.Tensor | None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Weighted sum of the terms on one chunk of rows, and the detached values."""
-    device = next(iter(hidden.values())).device
-    # The product in the autocast dtype, as the model's own head computes it; everything after it in float32
-    inputs = {name: heads[name](states) for name, states in hidden.items()}
-    if labels is not None:
-        inputs["labels"] = labels
-    loss = torch.zeros((), device=device)
-    values = {}
-    with torch.autocast(device.type, enabled=False):
-        for name, term in terms.items():
-            value = _term_values(term, all_count[name], [inputs[key] for key in term.inputs])
+class _Head:
+    """One pair in one call: the operands of its products, the buffer of its logits, and its gradient so far."""
+
+    def __init__(self, hidden: torch.Tensor, head: Any, rows: int):
+        dtype = _product_dtype(hidden, head.weight)
+        self.hidden, self.weight = hidden.detach().to(dtype), head.weight.detach().to(dtype)
+        self.bias = None if head.bias is None else head.bias.detach().to(dtype)
+        self.scale, self.soft_cap = float(head.scale), head.soft_cap
+        self.logits = hidden.new_empty(rows, head.weight.shape[0], dtype=dtype)
+        self.gradients: list[torch.Tensor | None] = [None, None, None]
+
+    def want(self, needs: tuple[bool, ...]) -> None:
+        """Make room for the gradients of hidden states, weight and bias."""
+        for index, tensor in enumerate((self.hidden, self.weight, self.bias)):
+            if needs[index]:
+                # Hidden states are done with their chunk; sums over chunks are float32 at least
+                is_sum = index > 0 and tensor.dtype.itemsize < 4
+                make = torch.empty_like if len(self.hidden) else torch.zeros_like
+                self.gradients[index] = make(tensor, dtype=torch.float32 if is_sum else tensor.dtype)
+
+    @property
+    def is_trained(self) -> bool:
+        return any(gradient is not None for gradient in self.gradients)
+
+    def project(self, rows: slice) -> None:
+        """Logits of some rows, but for the soft cap, which is part of the algebra on blocks."""
+        states = self.hidden[rows]
+        out = self.logits[: len(states)]
+        bias, beta = (out, 0.0) if self.bias is None else (self.bias, self.scale)
+        torch.addmm(bias, states, self.weight.T, beta=beta, alpha=self.scale, out=out)
+
+    def pull_back(self, rows: slice) -> None:
+        """Take the gradient at the logits, which is where these were, to what they were made of."""
+        states = self.hidden[rows]
+        gradient = self.logits[: len(states)]
+        of_hidden, of_weight, of_bias = self.gradients
+        if of_hidden is not None:
+            torch.addmm(of_hidden[rows], gradient, self.weight, beta=0.0, alpha=self.scale, out=of_hidden[rows])
+        beta = 0.0 if rows.start == 0 else 1.0  # nothing is there yet
+        if of_weight is not None and of_weight.dtype == gradient.dtype:
+            torch.addmm(of_weight, gradient.T, states, beta=beta, alpha=self.scale, out=of_weight)
+        elif of_weight is not None:
+            for start in range(0, len(of_weight), _SLICE):
+                part = slice(start, start + _SLICE)
+                product = (gradient[:, part].T @ states).to(of_weight.dtype)
+                torch.add(product * self.scale, of_weight[part] if beta else 0.0, out=of_weight[part])
+        if of_bias is not None:
+            total = gradient.sum(dim=0, dtype=of_bias.dtype) * self.scale
+            torch.add(total, of_bias if beta else 0.0, out=of_bias)
+
+
+def _product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype in which the model's own head would compute."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+class _Run:
+    """One pass over the rows."""
+
+    def __init__(
+        self,
+        pairs: dict[str, tuple[torch.Tensor, Any]],
+        terms: dict[str, Term],
+        labels: torch.Tensor | None,
+        num_rows: int,
+        chunk_size: int | None,
+    ):
+        self.terms, self.labels, self.num_rows = terms, labels, num_rows
+        self.device = next(iter(pairs.values()))[0].device
+        self.size = min(chunk_size or _default_chunk_size(pairs, self.device), max(num_rows, 1))
+        self.heads = {name: _Head(hidden, head, self.size) for name, (hidden, head) in pairs.items()}
+        is_double = any(head.logits.dtype == torch.float64 for head in self.heads.values())
+        self.dtype = torch.float64 if is_double else torch.float32
+        fused = {name: fused_form(term.function) for name, term in terms.items()}
+        self.forms = {name: form or plain_form(terms[name].function) for name, form in fused.items()}
+        self.values: dict[str, torch.Tensor] = {}
+
+        is_compiled = _can_compile(self.device) and None not in fused.values()
+        self.evaluate = _compiled_evaluate() if is_compiled else _evaluate
+        vocab_size = max(head.logits.shape[1] for head in self.heads.values())
+        self.block_rows = max(1, _of(_BLOCK_NUMEL, self.device) // vocab_size)
+        numel = 0 if is_compiled else min(self.block_rows, self.size) * vocab_size
+        self.scratch = Scratch(numel, self.dtype, self.device)
+
+    def __call__(self, needs: tuple[bool, ...]) -> tuple[torch.Tensor, list[torch.Tensor | None], Any]:
+        """The loss, the gradients of hidden states, weight and bias of each pair, and a factor on them."""
+        for index, head in enumerate(self.heads.values()):
+            head.want(needs[3 * index : 3 * index + 3])
+        trained = [name for name, head in self.heads.items() if head.is_trained]
+        weights, boost = self._weights(trained)
+        self.values = {name: torch.empty(self.num_rows, dtype=self.dtype, device=self.device) for name in self.terms}
+        for start in range(0, self.num_rows, self.size):
+            chunk = slice(start, min(start + self.size, self.num_rows))
+            for head in self.heads.values():
+                head.project(chunk)
+            self._run_objectives(chunk, weights, trained)
+            for name in trained:
+                self.heads[name].pull_back(chunk)
+        loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        for name, term in self.terms.items():
             if term.weights is not None:
-                loss = loss + weighted_sum(value, term.weights)
-            values[name] = value.detach()
-    return loss, values
+                loss += weighted_sum(self.values[name], term.weights)
+        return loss, [gradient for head in self.heads.values() for gradient in head.gradients], boost
+
+    def _weights(self, trained: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Row weights of the terms that train something, and the power of two on them in float16."""
+        weights = {
+            name: term.weights.detach().to(self.dtype)
+            for name, term in self.terms.items()
+            if term.weights is not None and not set(trained).isdisjoint(term.inputs)
+        }
+        if not weights or not self.num_rows or all(self.heads[n].logits.dtype != torch.float16 for n in trained):
+            return weights, None
+        # A weight is about one over the number of tokens, and float16 has nothing below 6e-8
+        largest = torch.stack([part.abs().max() for part in weights.values()]).max()
+        boost = torch.exp2(-largest.clamp_min(2.0**-60).log2().floor())
+        return {name: part * boost for name, part in weights.items()}, boost
+
+    def _run_objectives(self, chunk: slice, weights: dict[str, torch.Tensor], trained: list[str]) -> None:
+        """Values of all terms on a chunk; gradients in place of its logits."""
+        for start in range(chunk.start, chunk.stop, self.block_rows):
+            rows = slice(start, min(start + self.block_rows, chunk.stop))
+            inside = slice(rows.start - chunk.start, rows.stop - chunk.start)
+            logits = {name: head.logits[inside] for name, head in self.heads.items()}
+            caps = {name: head.soft_cap for name, head in self.heads.items()}
+            labels = None if self.labels is None else self.labels[rows]
+            block_weights = {name: part[rows] for name, part in weights.items()}
+            calls = {name: (form, self.terms[name].inputs) for name, form in self.forms.items()}
+            self.scratch.restart()
+            values = self.evaluate(calls, logits, labels, block_weights, caps, trained, self.scratch)
+            for name, value in values.items():
+                self.values[name][rows] = value
 
 
-def _term_values(term: Term, all_count: bool, arguments: list[torch.Tensor]) -> torch.Tensor:
-    """Per-row values, with gradient for the rows that carry weight."""
-    if term.weights is not None and all_count:
-        return term.function(*arguments)
-    with torch.no_grad():
-        values = term.function(*arguments)
-    if term.weights is None:
-        return values
-    # Selected before the function: zero times the gradient of an infinite value would be NaN
-    counted = term.weights != 0
-    return values.masked_scatter(counted, term.function(*(argument[counted] for argument in arguments)))
+def _evaluate(
+    calls: dict[str, tuple[Callable, tuple[str, ...]]],
+    logits: dict[str, torch.Tensor],
+    labels: torch.Tensor | None,
+    weights: dict[str, torch.Tensor],
+    caps: dict[str, float | None],
+    trained: list[str],
+    scratch: Scratch,
+) -> dict[str, torch.Tensor]:
+    """Values of all terms on one block; the gradient of the trained models' logits overwrites these."""
+    found = {name: _capped(part, caps[name], scratch) for name, part in logits.items()}
+
+    def run(is_careful: bool) -> tuple[Block, dict[str, torch.Tensor]]:
+        block = Block(found, labels, set(trained), scratch, is_careful)
+        return block, {name: form(block, weights.get(name), *names) for name, (form, names) in calls.items()}
+
+    # Only a CPU can be asked without a wait how it went
+    is_quick = scratch.device.type == "cpu" and scratch.numel > 0
+    block, values = run(is_careful=not is_quick)
+    if is_quick and not math.isfinite(sum(values.values()).sum().item()):
+        block, values = run(is_careful=True)
+    for name in trained:
+        out, cap = logits[name], caps[name]
+        is_final = cap is None and out.dtype == scratch.dtype
+        gradient = block.gradient(name, out if is_final else scratch.like(out))
+        if gradient is None:
+            out.zero_()
+            continue
+        if cap is not None:  # d tanh(x) = 1 - tanh(x)^2
+            x = found[name]
+            gradient = gradient.mul_(torch.mul(x, x, out=scratch.like(x)).mul_(-1.0 / cap**2).add_(1.0))
+        if gradient is not out:
+            out.copy_(gradient)
+    return values
+
+
+def _capped(logits: torch.Tensor, cap: float | None, scratch: Scratch) -> torch.Tensor:
+    """Logits in the dtype of the block, with the head's soft cap."""
+    if logits.dtype != scratch.dtype:
+        out = scratch.like(logits)
+        logits = logits.to(scratch.dtype) if out is None else out.copy_(logits)
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+@functools.cache
+def _compiled_evaluate() -> Callable:
+    return torch.compile(_evaluate)
+
+
+def _can_compile(device: torch.device) -> bool:
+    """Fused on a GPU; on a CPU, blocks in the cache do as well and need no compiler."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _default_chunk_size(pairs: dict[str, tuple[torch.Tensor, Any]], device: torch.device) -> int:
+    """Rows whose logits fit the budget, for the widest head."""
+    size = max(head.weight.shape[0] * _product_dtype(hidden, head.weight).itemsize for hidden, head in pairs.values())
+    return max(_MIN_ROWS, min(_MAX_ROWS, _of(_CHUNK_BYTES, device) // size))
+
+
+def _of(table: dict[str, int], device: torch.device) -> int:
+    """Entry of a kind of device; accelerators are alike."""
+    return table["cpu" if device.type == "cpu" else "cuda"]

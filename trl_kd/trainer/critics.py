@@ -1,5 +1,6 @@
 """The ascent of learned moment critics: their own steps of Adam, once per optimizer step, on all of its tokens."""
 
+from functools import partial
 from typing import Any
 
 import psutil
@@ -178,10 +179,7 @@ class MomentCritics(AuxiliaryModules):
         weights = batch.source_weights
         if args.gamma != 1.0:
             weights = weights * discount_weights(batch.positions, args.gamma).to(weights.dtype)
-
-        def objective(student: torch.Tensor, teacher: torch.Tensor, critic: torch.Tensor) -> torch.Tensor:
-            return critic_objective(student, teacher, critic, args.critic_penalty)
-
+        objective = partial(critic_objective, penalty=args.critic_penalty)
         terms = {"objective": Term(objective, _CRITIC_INPUTS, -weights)}
         if with_metrics:
             terms |= {"moment": Term(moment, _CRITIC_INPUTS), "total_variation": Term(total_variation)}

@@ -90,7 +90,7 @@ class KDConfig(SFTConfig):
         > Parameters that control the computation of the loss
 
         loss_chunk_size (`int`, *optional*):
-            Tokens whose logits exist at a time. If `None`, as many as take 64 MiB per model.
+            Tokens whose logits exist at a time. If `None`, 128 to 1,024, as 32 MiB per model (on a GPU 512) allow.
 
         > Parameters that control auxiliary modules (critics, projectors)
 
@@ -248,7 +248,10 @@ class KDConfig(SFTConfig):
     )
     loss_chunk_size: int | None = field(
         default=None,
-        metadata={"help": "Tokens whose logits exist at a time. If None, as many as take 64 MiB per model."},
+        metadata={
+            "help": "Tokens whose logits exist at a time. If None, 128 to 1,024, as 32 MiB per model (on a GPU 512) "
+            "allow."
+        },
     )
     aux_learning_rate: float = field(
         default=1e-3, metadata={"help": "Learning rate of the auxiliary modules' own AdamW."}
