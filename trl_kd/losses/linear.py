@@ -77,7 +77,7 @@ class LinearLoss:
 
 
 def linear_loss(
-    pairs: dict[str, tuple[torch.Tensor, Any]],
+    pairs: dict[str, tuple[torch.Tensor, Any | None]],
     terms: dict[str, Term],
     labels: torch.Tensor | None = None,
     chunk_size: int | None = None,
@@ -89,9 +89,10 @@ def linear_loss(
         The gradient exists when this returns, so `backward` must run at most once.
 
     Args:
-        pairs (`dict[str, tuple[torch.Tensor, LMHead]]`):
+        pairs (`dict[str, tuple[torch.Tensor, LMHead | None]]`):
             Hidden states of shape `(N, H)` and the head that maps them to logits `(N, V)`, by name. All have the same
-            N; H and the dtype may differ. Gradient flows to hidden states and heads that require it.
+            N; H and the dtype may differ. Gradient flows to hidden states and heads that require it. Without a head
+            (`None`), the states are logits already.
         terms (`dict[str, Term]`):
             Objectives and metrics by name.
         labels (`torch.Tensor` of shape `(N,)`, *optional*):
@@ -127,7 +128,7 @@ def linear_loss(
     tensors = []
     for name in names:
         hidden, head = pairs[name]
-        leaves = hidden, head.weight, head.bias
+        leaves = (hidden, None, None) if head is None else (hidden, head.weight, head.bias)
         tensors += leaves if name in weighted else [None if leaf is None else leaf.detach() for leaf in leaves]
     with torch.autocast(run.device.type, enabled=False):
         loss = _GradientInForward.apply(run, *tensors)
@@ -177,13 +178,16 @@ class _GradientInForward(torch.autograd.Function):
 class _Head:
     """One pair in one call: the operands of its products, the buffer of its logits, and its gradient so far."""
 
-    def __init__(self, hidden: torch.Tensor, head: Any, rows: int):
-        dtype = _product_dtype(hidden, head.weight)
-        self.hidden, self.weight = hidden.detach().to(dtype), head.weight.detach().to(dtype)
-        self.bias = None if head.bias is None else head.bias.detach().to(dtype)
-        self.scale, self.soft_cap = float(head.scale), head.soft_cap
-        self.logits = hidden.new_empty(rows, head.weight.shape[0], dtype=dtype)
+    def __init__(self, hidden: torch.Tensor, head: Any | None, rows: int):
+        dtype = _product_dtype(hidden, head)
+        self.hidden, self.weight, self.bias = hidden.detach().to(dtype), None, None
+        self.scale, self.soft_cap, self.vocab_size = 1.0, None, hidden.shape[1]
+        if head is not None:
+            self.weight = head.weight.detach().to(dtype)
+            self.bias = None if head.bias is None else head.bias.detach().to(dtype)
+            self.scale, self.soft_cap, self.vocab_size = float(head.scale), head.soft_cap, len(head.weight)
         self.gradients: list[torch.Tensor | None] = [None, None, None]
+        self.rows, self._buffer, self.logits = rows, None, None
 
     def want(self, needs: tuple[bool, ...]) -> None:
         """Make room for the gradients of hidden states, weight and bias."""
@@ -195,22 +199,35 @@ class _Head:
                 self.gradients[index] = make(tensor, dtype=torch.float32 if is_sum else tensor.dtype)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
     def is_trained(self) -> bool:
         return any(gradient is not None for gradient in self.gradients)
 
     def project(self, rows: slice) -> None:
         """Logits of some rows, but for the soft cap, which is part of the algebra on blocks."""
         states = self.hidden[rows]
-        out = self.logits[: len(states)]
+        if self.weight is None and not self.is_trained:
+            self.logits = states  # nobody will write to them
+            return
+        if self._buffer is None:
+            self._buffer = states.new_empty(self.rows, self.vocab_size)
+        out = self.logits = self._buffer[: len(states)]
+        if self.weight is None:
+            out.copy_(states)
+            return
         bias, beta = (out, 0.0) if self.bias is None else (self.bias, self.scale)
         torch.addmm(bias, states, self.weight.T, beta=beta, alpha=self.scale, out=out)
 
     def pull_back(self, rows: slice) -> None:
         """Take the gradient at the logits, which is where these were, to what they were made of."""
-        states = self.hidden[rows]
-        gradient = self.logits[: len(states)]
+        states, gradient = self.hidden[rows], self.logits
         of_hidden, of_weight, of_bias = self.gradients
-        if of_hidden is not None:
+        if self.weight is None:
+            of_hidden[rows] = gradient
+        elif of_hidden is not None:
             torch.addmm(of_hidden[rows], gradient, self.weight, beta=0.0, alpha=self.scale, out=of_hidden[rows])
         beta = 0.0 if rows.start == 0 else 1.0  # nothing is there yet
         if of_weight is not None and of_weight.dtype == gradient.dtype:
@@ -225,9 +242,11 @@ class _Head:
             torch.add(total, of_bias if beta else 0.0, out=of_bias)
 
 
-def _product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+def _product_dtype(hidden: torch.Tensor, head: Any | None) -> torch.dtype:
     """The dtype in which the model's own head would compute."""
-    device = hidden.device.type
+    if head is None:
+        return hidden.dtype
+    device, weight = hidden.device.type, head.weight
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return weight.dtype
@@ -248,7 +267,7 @@ class _Run:
         self.device = next(iter(pairs.values()))[0].device
         self.size = min(chunk_size or _default_chunk_size(pairs, self.device), max(num_rows, 1))
         self.heads = {name: _Head(hidden, head, self.size) for name, (hidden, head) in pairs.items()}
-        is_double = any(head.logits.dtype == torch.float64 for head in self.heads.values())
+        is_double = any(head.dtype == torch.float64 for head in self.heads.values())
         self.dtype = torch.float64 if is_double else torch.float32
         fused = {name: fused_form(term.function) for name, term in terms.items()}
         self.forms = {name: form or plain_form(terms[name].function) for name, form in fused.items()}
@@ -256,7 +275,7 @@ class _Run:
 
         is_compiled = _can_compile(self.device) and None not in fused.values()
         self.evaluate = _compiled_evaluate() if is_compiled else _evaluate
-        vocab_size = max(head.logits.shape[1] for head in self.heads.values())
+        vocab_size = max(head.vocab_size for head in self.heads.values())
         self.block_rows = max(1, _of(_BLOCK_NUMEL, self.device) // vocab_size)
         numel = 0 if is_compiled else min(self.block_rows, self.size) * vocab_size
         self.scratch = Scratch(numel, self.dtype, self.device)
@@ -288,7 +307,7 @@ class _Run:
             for name, term in self.terms.items()
             if term.weights is not None and not set(trained).isdisjoint(term.inputs)
         }
-        if not weights or not self.num_rows or all(self.heads[n].logits.dtype != torch.float16 for n in trained):
+        if not weights or not self.num_rows or all(self.heads[n].dtype != torch.float16 for n in trained):
             return weights, None
         # A weight is about one over the number of tokens, and float16 has nothing below 6e-8
         largest = torch.stack([part.abs().max() for part in weights.values()]).max()
@@ -367,7 +386,8 @@ def _can_compile(device: torch.device) -> bool:
 
 def _default_chunk_size(pairs: dict[str, tuple[torch.Tensor, Any]], device: torch.device) -> int:
     """Rows whose logits fit the budget, for the widest head."""
-    size = max(head.weight.shape[0] * _product_dtype(hidden, head.weight).itemsize for hidden, head in pairs.values())
+    heads = [(hidden, head) for hidden, head in pairs.values() if head is not None]
+    size = max((len(head.weight) * _product_dtype(hidden, head).itemsize for hidden, head in heads), default=1)
     return max(_MIN_ROWS, min(_MAX_ROWS, _of(_CHUNK_BYTES, device) // size))
 
 

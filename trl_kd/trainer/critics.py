@@ -1,5 +1,6 @@
 """The ascent of learned moment critics: their own steps of Adam, once per optimizer step, on all of its tokens."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -154,13 +155,19 @@ class MomentCritics(AuxiliaryModules):
         """
         rows = {name: [batch.of_source(name == "on_policy") for batch in tokens] for name in self.critics}
         critics = self._present(rows)
-        features = {name: [self.features(batch) for batch in batches] for name, batches in rows.items()}
+        embeddings = tokens[0].pairs["teacher"][1]
+        rows = {
+            name: [replace(b, pairs=b.pairs | {"features": (self.features(b), None)}) for b in batches]
+            for name, batches in rows.items()
+        }
+        if self.args.critic_steps > 1:
+            with self.accelerator.autocast():
+                rows = with_known_logits(rows, self.args.loss_chunk_size)
         report = {}
         for index in range(self.args.critic_steps):
             is_first = index == 0
             for name in critics:
-                each = zip(rows[name], features[name], strict=True)
-                values = [self._backward(name, batch, x, with_metrics=is_first) for batch, x in each]
+                values = [self._backward(name, batch, embeddings, with_metrics=is_first) for batch in rows[name]]
                 if is_first:
                     report |= self._unseen(name, {key: torch.cat([v[key] for v in values]) for key in values[0]})
             grad_norm = self._step(critics)
@@ -171,11 +178,10 @@ class MomentCritics(AuxiliaryModules):
         return report
 
     def _backward(
-        self, name: str, batch: TokenBatch, features: torch.Tensor, with_metrics: bool
+        self, name: str, batch: TokenBatch, embeddings: LMHead, with_metrics: bool
     ) -> dict[str, torch.Tensor]:
         """Gradient of a critic's objective on some rows; per-token values before the step."""
         args = self.args
-        head = batch.pairs["teacher"][1]
         weights = batch.source_weights
         if args.gamma != 1.0:
             weights = weights * discount_weights(batch.positions, args.gamma).to(weights.dtype)
@@ -184,7 +190,7 @@ class MomentCritics(AuxiliaryModules):
         if with_metrics:
             terms |= {"moment": Term(moment, _CRITIC_INPUTS), "total_variation": Term(total_variation)}
         with self.accelerator.autocast():
-            pairs = batch.pairs | {"critic": self.modules[name].pair(features, head)}
+            pairs = batch.pairs | {"critic": self.modules[name].pair(batch.pairs["features"][0], embeddings)}
             result = linear_loss(pairs, terms, chunk_size=args.loss_chunk_size)
         with torch.autocast(result.loss.device.type, enabled=False):  # else it would round what is float32
             result.loss.backward()
@@ -221,6 +227,45 @@ class MomentCritics(AuxiliaryModules):
         # The trainer's autocast may be on all the while, and would hand the next step the weights of this one
         torch.clear_autocast_cache()
         return grad_norm
+
+
+@torch.no_grad()
+def with_known_logits(rows: dict[str, list[TokenBatch]], chunk_size: int | None) -> dict[str, list[TokenBatch]]:
+    r"""
+    The same rows, some of them with the models' logits in place of states and head, for several passes over them.
+
+    Args:
+        rows (`dict[str, list[TokenBatch]]`):
+            Detached tokens by source.
+        chunk_size (`int`, *optional*):
+            Rows per chunk, if someone wants few logits in memory; four times as many are kept at most.
+
+    Returns:
+        `dict[str, list[TokenBatch]]`: with logits for as many rows as fit 256 MiB on a CPU, or 1 GiB elsewhere.
+    """
+    found, room = {}, None
+    for source, batches in rows.items():
+        found[source] = []
+        for batch in batches:
+            pairs = {name: batch.pairs[name] for name in ("student", "teacher")}
+            if room is None:
+                room = _rows_to_keep(pairs, chunk_size)
+            known = batch.at(slice(0, room))
+            room -= len(known.labels)
+            if len(known.labels):
+                logits = {name: (head(known.pairs[name][0]), None) for name, (_, head) in pairs.items()}
+                found[source].append(replace(known, pairs=known.pairs | logits))
+            if len(known.labels) < len(batch.labels) or not len(batch.labels):
+                found[source].append(batch.at(slice(len(known.labels), None)))
+    return found
+
+
+def _rows_to_keep(pairs: dict[str, tuple[torch.Tensor, LMHead]], chunk_size: int | None) -> int:
+    """Rows whose logits of both models fit the budget."""
+    is_cpu = pairs["teacher"][0].device.type == "cpu"
+    row = sum(len(head.weight) * head.weight.dtype.itemsize for _, head in pairs.values())
+    fit = (2**28 if is_cpu else 2**30) // row
+    return fit if chunk_size is None else min(fit, 4 * chunk_size)
 
 
 def critic_terms(weights: torch.Tensor) -> dict[str, Term]:

@@ -52,7 +52,10 @@ class TokenBatch:
     def of_source(self, on_policy: bool) -> "TokenBatch":
         """The tokens of one source."""
         chosen = self.is_on_policy if on_policy else ~self.is_on_policy
-        rows = chosen.nonzero().squeeze(1)
+        return self.at(chosen.nonzero().squeeze(1))
+
+    def at(self, rows: torch.Tensor | slice) -> "TokenBatch":
+        """Some of the tokens."""
         return replace(
             self,
             pairs={name: (hidden[rows], head) for name, (hidden, head) in self.pairs.items()},
