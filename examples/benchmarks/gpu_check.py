@@ -3,8 +3,8 @@ Checks and times what needs a GPU, in one call.
 
     python examples/benchmarks/gpu_check.py --output_file gpu.json
 
-1. The chunked AMM loss in bfloat16 on a real vocabulary (151,936 tokens) against the plain form in float32.
-2. Its time and peak memory beside the bare matrix products of the same chunks, which nothing can beat.
+1. The gradients of every loss on a real vocabulary (151,936 tokens) against the plain form in float64.
+2. Time and peak memory in bfloat16 beside bare matrix products and TRL's losses, as `loss_bench.py` measures them.
 3. A few steps of AMMTrainer with LoRA and rollouts on random models of that vocabulary, with each kind of critic and
    the full on-policy gradient: time, memory, finite numbers.
 
@@ -15,73 +15,31 @@ import argparse
 import json
 import tempfile
 import time
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
+from floors import Shape
+from loss_bench import OURS, Setting, gradient_errors, measure
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_kd import AMMConfig, AMMTrainer
-from trl_kd.losses import Term, exact_moment, linear_loss
-from trl_kd.modules import LMHead
 
 
-def timed(function, device: str, rounds: int = 5) -> tuple[float, float]:
-    """Median seconds of a call, and the peak of memory above what was there before (MiB; 0 on a CPU)."""
-    cuda = device == "cuda"
-    seconds = []
-    for _ in range(rounds + 1):
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        start = time.perf_counter()
-        function()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else 0.0
-    return sorted(seconds[1:])[rounds // 2], peak
-
-
-def check_loss(device: str, rows: int, width: int, vocab_size: int) -> dict[str, float]:
-    """Error of loss and gradients against float32 on few rows; time and memory on all rows."""
-    torch.manual_seed(0)
-    states = [(torch.randn(rows, width, device=device)).bfloat16() for _ in range(2)]
-    heads = [(0.05 * torch.randn(vocab_size, width, device=device)).bfloat16() for _ in range(2)]
-    student, weight = states[0].requires_grad_(), heads[0].requires_grad_()
-    weights = torch.full((rows,), 1.0 / rows, device=device)
-
-    def loss(n: int, dtype: torch.dtype) -> torch.Tensor:
-        pairs = {
-            "student": (student[:n].to(dtype), LMHead(weight.to(dtype))),
-            "teacher": (states[1][:n].to(dtype), LMHead(heads[1].to(dtype))),
-        }
-        return linear_loss(pairs, {"moment": Term(exact_moment, weights=weights[:n])}).loss
-
-    gradients = [torch.autograd.grad(loss(64, dtype), (student, weight)) for dtype in (torch.bfloat16, torch.float32)]
-    errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(*gradients, strict=True)]
-
-    def products() -> None:
-        """Student logits, both gradients and teacher logits, in the loss's chunks."""
-        for start in range(0, rows, 441):
-            chunk = slice(start, start + 441)
-            with torch.no_grad():
-                logits = student[chunk] @ weight.T
-                states[1][chunk] @ heads[1].T
-                logits @ weight
-                logits.T @ student[chunk]
-
-    seconds, peak = timed(lambda: loss(rows, torch.bfloat16).backward(), device)
-    floor, _ = timed(products, device)
+def check_losses(device: str, shape: Shape) -> dict[str, Any]:
+    """Errors of every loss against float64 on few rows; time and memory beside floors and peers on all of them."""
+    chunk_size = 1024 if device == "cuda" else 32
+    few = Setting((64, *shape[1:]), 1.0, False, chunk_size, "float32", device)
+    args = Namespace(measures=["time", "memory"], rounds=5, threads=1, clock="wall", device=device)
+    all_rows = replace(few, shape=shape, dtype="bfloat16")
     return {
-        "gradient_error_hidden": errors[0],
-        "gradient_error_head": errors[1],
-        "loss_seconds": seconds,
-        "loss_over_products": seconds / floor,
-        "loss_peak_mib": peak,
-        "logits_mib": rows * vocab_size * 2 / 2**20,
+        "errors": gradient_errors(OURS, few),
+        "errors_bfloat16": gradient_errors(OURS, replace(few, dtype="bfloat16")),
+        "figures": measure([*OURS, "trl_forward_kl", "trl_jsd"], all_rows, args),
     }
 
 
@@ -146,11 +104,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="Tiny sizes, for a CPU.")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, width, vocab_size, layers = (96, 64, 2000, 2) if args.small else (8192, 2048, 151936, 8)
+    shape, layers = ((96, 64, 64, 2000), 2) if args.small else ((8192, 2048, 2048, 151936), 8)
     report = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
-        "loss": check_loss(device, rows, width, vocab_size),
+        "losses": check_losses(device, shape),
         "training": {
             name: check_training(device, 64 if args.small else 1024, layers, args.tokenizer, **options)
             for name, options in GAMES.items()

@@ -53,9 +53,9 @@ class Scratch:
 class Distribution:
     """Softmax of one model's logits `(n, V)` at one temperature, and the gradient that objectives ask for."""
 
-    def __init__(self, logits: torch.Tensor, kd_temperature: float, block: "Block"):
-        self.block, self.kd_temperature = block, kd_temperature
-        take = block.scratch.like
+    def __init__(self, logits: torch.Tensor, kd_temperature: float, scratch: Scratch, is_careful: bool):
+        self.kd_temperature, self.scratch, self.is_careful = kd_temperature, scratch, is_careful
+        take = scratch.like
         if kd_temperature != 1.0:
             logits = torch.div(logits, kd_temperature, out=take(logits))
         self.probs = torch.softmax(logits, dim=1, out=take(logits))
@@ -77,16 +77,16 @@ class Distribution:
     def add_label_flow(self, labels: torch.Tensor, weights: torch.Tensor) -> None:
         """`add_flow` where it is 1 at the label and 0 elsewhere."""
         if self._flow is None:
-            out = self.block.scratch.like(self.probs)
+            out = self.scratch.like(self.probs)
             self._flow = torch.zeros_like(self.probs) if out is None else out.zero_()
         self._flow.scatter_add_(1, labels.unsqueeze(1), self._column(weights))
 
     def _add(self, total: torch.Tensor | None, part: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         column = self._column(weights)
-        if self.block.is_careful:  # zero times an infinite slope
+        if self.is_careful:  # zero times an infinite slope
             part = torch.where(column != 0, part, 0.0)
         if total is None:
-            return torch.mul(part, column, out=self.block.scratch.like(part))
+            return torch.mul(part, column, out=self.scratch.like(part))
         return total.addcmul_(part, column)
 
     def _column(self, weights: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,7 @@ class Block:
         """Next-token distribution of one model."""
         key = name, kd_temperature
         if key not in self._distributions:
-            self._distributions[key] = Distribution(self.logits[name], kd_temperature, self)
+            self._distributions[key] = Distribution(self.logits[name], kd_temperature, self.scratch, self.is_careful)
         return self._distributions[key]
 
     def once(self, key: tuple, make: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> torch.Tensor:
