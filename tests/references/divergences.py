@@ -19,6 +19,15 @@ def through_softmax(q, slopes):
     return [q[v] * (slopes[v] - mean) for v in range(len(q))]
 
 
+def at_temperature(reference, student_logits, teacher_logits, kd_temperature, *arguments):
+    """Value and gradient of a divergence of the logits divided by the temperature: one more factor in the chain."""
+    student_logits, teacher_logits = (
+        [z / kd_temperature for z in logits] for logits in (student_logits, teacher_logits)
+    )
+    value, gradient = reference(student_logits, teacher_logits, *arguments)
+    return value, [slope / kd_temperature for slope in gradient]
+
+
 def forward_kl(student_logits, teacher_logits):
     q, p = softmax(student_logits), softmax(teacher_logits)
     value = sum(p[v] * math.log(p[v] / q[v]) for v in range(len(q)))
@@ -39,6 +48,37 @@ def generalized_jsd(student_logits, teacher_logits, beta):
         value += beta * p[v] * math.log(p[v] / m[v]) + (1 - beta) * q[v] * math.log(q[v] / m[v])
     # The terms from the derivative of m cancel but for a constant, which the softmax removes
     return value, through_softmax(q, [(1 - beta) * math.log(q[v] / m[v]) for v in range(len(q))])
+
+
+def skewed_forward_kl(student_logits, teacher_logits, skew):
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    m = [skew * p[v] + (1 - skew) * q[v] for v in range(len(q))]
+    value = sum(p[v] * math.log(p[v] / m[v]) for v in range(len(q)))
+    return value, through_softmax(q, [-(1 - skew) * p[v] / m[v] for v in range(len(q))])
+
+
+def skewed_reverse_kl(student_logits, teacher_logits, skew):
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    m = [skew * q[v] + (1 - skew) * p[v] for v in range(len(q))]
+    value = sum(q[v] * math.log(q[v] / m[v]) for v in range(len(q)))
+    return value, through_softmax(q, [math.log(q[v] / m[v]) + 1 - skew * q[v] / m[v] for v in range(len(q))])
+
+
+def adaptive_kl(student_logits, teacher_logits, head):
+    """The share of the head is held fixed."""
+    q, p = softmax(student_logits), softmax(teacher_logits)
+    in_head, in_tail, mass = 0.0, 0.0, 0.0
+    for v in sorted(range(len(q)), key=lambda v: p[v]):
+        mass += p[v]
+        if mass <= 1 - head:
+            in_tail += abs(p[v] - q[v])
+        else:
+            in_head += abs(p[v] - q[v])
+    share = in_head / (in_head + in_tail)
+    forward, forward_gradient = forward_kl(student_logits, teacher_logits)
+    reverse, reverse_gradient = reverse_kl(student_logits, teacher_logits)
+    gradient = [share * forward_gradient[v] + (1 - share) * reverse_gradient[v] for v in range(len(q))]
+    return share * forward + (1 - share) * reverse, gradient
 
 
 def total_variation(student_logits, teacher_logits):

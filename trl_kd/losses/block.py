@@ -181,8 +181,7 @@ class Block:
 
     def add_gradient(self, name: str, gradient: torch.Tensor, weights: torch.Tensor) -> None:
         """Add `weights * dD/dlogits` for what is no distribution."""
-        column = weights.unsqueeze(1)
-        gradient = torch.where(column != 0, gradient * column, 0.0) if self.is_careful else gradient.mul_(column)
+        gradient = gradient.mul_(weights.unsqueeze(1))
         known = self._gradients.get(name)
         self._gradients[name] = gradient if known is None else known.add_(gradient)
 

@@ -338,12 +338,16 @@ def adaptive_kl(
 
 
 def head_share(teacher_probs: torch.Tensor, student_probs: torch.Tensor, head: float) -> torch.Tensor:
-    """Share of the head in the sum of |p - q|, `(...)`; one half where nothing differs."""
+    """Share of the head in the sum of |p - q|, `(...)`, in (0, 1); one half where nothing differs."""
     ascending, order = teacher_probs.sort(dim=-1)
     gap = (teacher_probs - student_probs).abs().gather(-1, order)
-    in_tail = ascending.cumsum(dim=-1) <= 1.0 - head
+    # Rounding may lift the sum of all above 1
+    in_tail = ascending.cumsum(dim=-1).clamp_max(1.0) <= 1.0 - head
     total = gap.sum(dim=-1)
-    return torch.where(total > 0, gap.masked_fill(in_tail, 0.0).sum(dim=-1) / total, 0.5)
+    share = torch.where(total > 0, gap.masked_fill(in_tail, 0.0).sum(dim=-1) / total, 0.5)
+    # Never 0 or 1: the other divergence may be infinite
+    limits = torch.finfo(share.dtype)
+    return share.clamp(limits.tiny, 1.0 - limits.eps)
 
 
 def total_variation(

@@ -222,7 +222,7 @@ def plain_form(function: Callable) -> Callable:
     def form(block: Block, weights: _Weights, *names: str) -> torch.Tensor:
         inputs = {name: block.labels if name == "labels" else block.logits[name].detach() for name in names}
         if weights is None:
-            return function(*inputs.values())
+            return function(*(inputs[name] for name in names))
         leaves = {name: inputs[name].requires_grad_() for name in names if name in block.trained}
         with torch.enable_grad():
             values = function(*(inputs[name] for name in names))

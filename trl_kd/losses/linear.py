@@ -125,6 +125,7 @@ def linear_loss(
         weighted = set()
     names = [name for name in pairs if name in used]
     run = _Run({name: pairs[name] for name in names}, terms, labels, num_rows, chunk_size)
+    run.check_terms()
     tensors = []
     for name in names:
         hidden, head = pairs[name]
@@ -170,6 +171,8 @@ class _GradientInForward(torch.autograd.Function):
         for index, dtype in enumerate(ctx.dtypes):
             gradient, gradients[index] = gradients[index], None
             if gradient is not None:
+                # Scaled in the wider of both formats
+                gradient = gradient.to(torch.promote_types(gradient.dtype, dtype))
                 gradient = (gradient if is_one else gradient.mul_(factor)).to(dtype)
             found.append(gradient)
         return None, *found
@@ -265,12 +268,13 @@ class _Run:
     ):
         self.terms, self.labels, self.num_rows = terms, labels, num_rows
         self.device = next(iter(pairs.values()))[0].device
-        self.size = min(chunk_size or _default_chunk_size(pairs, self.device), max(num_rows, 1))
+        self.size = min(chunk_size or default_chunk_size(pairs, self.device), max(num_rows, 1))
         self.heads = {name: _Head(hidden, head, self.size) for name, (hidden, head) in pairs.items()}
         is_double = any(head.dtype == torch.float64 for head in self.heads.values())
         self.dtype = torch.float64 if is_double else torch.float32
         fused = {name: fused_form(term.function) for name, term in terms.items()}
         self.forms = {name: form or plain_form(terms[name].function) for name, form in fused.items()}
+        self.wants_gradient = torch.is_grad_enabled()
         self.values: dict[str, torch.Tensor] = {}
 
         is_compiled = _can_compile(self.device) and None not in fused.values()
@@ -279,6 +283,15 @@ class _Run:
         self.block_rows = max(1, _of(_BLOCK_NUMEL, self.device) // vocab_size)
         numel = 0 if is_compiled else min(self.block_rows, self.size) * vocab_size
         self.scratch = Scratch(numel, self.dtype, self.device)
+
+    def check_terms(self) -> None:
+        """Ask the plain functions whether they take these inputs and options, on no rows."""
+        for term in self.terms.values():
+            if fused_form(term.function) is not None:
+                sizes = {name: (0, self.heads[name].vocab_size) for name in term.inputs if name != "labels"}
+                term.function(
+                    *(torch.zeros(sizes[n]) if n in sizes else torch.zeros(0, dtype=torch.long) for n in term.inputs)
+                )
 
     def __call__(self, needs: tuple[bool, ...]) -> tuple[torch.Tensor, list[torch.Tensor | None], Any]:
         """The loss, the gradients of hidden states, weight and bias of each pair, and a factor on them."""
@@ -301,12 +314,13 @@ class _Run:
         return loss, [gradient for head in self.heads.values() for gradient in head.gradients], boost
 
     def _weights(self, trained: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Row weights of the terms that train something, and the power of two on them in float16."""
-        weights = {
-            name: term.weights.detach().to(self.dtype)
-            for name, term in self.terms.items()
-            if term.weights is not None and not set(trained).isdisjoint(term.inputs)
-        }
+        """Row weights of the terms whose gradient is wanted, and the power of two on them in float16."""
+        weights = {}
+        for name, term in self.terms.items():
+            # The caller's functions are asked in any case, since they may hold parameters
+            may_train = fused_form(term.function) is None or not set(trained).isdisjoint(term.inputs)
+            if term.weights is not None and may_train and self.wants_gradient:
+                weights[name] = term.weights.detach().to(self.dtype)
         if not weights or not self.num_rows or all(self.heads[n].dtype != torch.float16 for n in trained):
             return weights, None
         # A weight is about one over the number of tokens, and float16 has nothing below 6e-8
@@ -384,8 +398,8 @@ def _can_compile(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def _default_chunk_size(pairs: dict[str, tuple[torch.Tensor, Any]], device: torch.device) -> int:
-    """Rows whose logits fit the budget, for the widest head."""
+def default_chunk_size(pairs: dict[str, tuple[torch.Tensor, Any]], device: torch.device) -> int:
+    """Rows of a chunk: what fits the budget, for the widest head."""
     heads = [(hidden, head) for hidden, head in pairs.values() if head is not None]
     size = max((len(head.weight) * _product_dtype(hidden, head).itemsize for hidden, head in heads), default=1)
     return max(_MIN_ROWS, min(_MAX_ROWS, _of(_CHUNK_BYTES, device) // size))

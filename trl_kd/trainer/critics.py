@@ -19,6 +19,7 @@ from trl_kd.losses import (
     saturation,
     total_variation,
 )
+from trl_kd.losses.linear import default_chunk_size
 from trl_kd.modules import LMHead, ValueHead, critic_features, planned_bytes
 from trl_kd.modules.critic import CRITIC_HEADS
 from trl_kd.trainer.auxiliary import AuxiliaryModules
@@ -238,10 +239,11 @@ def with_known_logits(rows: dict[str, list[TokenBatch]], chunk_size: int | None)
         rows (`dict[str, list[TokenBatch]]`):
             Detached tokens by source.
         chunk_size (`int`, *optional*):
-            Rows per chunk, if someone wants few logits in memory; four times as many are kept at most.
+            Rows per chunk of `linear_loss`.
 
     Returns:
-        `dict[str, list[TokenBatch]]`: with logits for as many rows as fit 256 MiB on a CPU, or 1 GiB elsewhere.
+        `dict[str, list[TokenBatch]]`: with logits for four chunks of rows at most, within 256 MiB on a CPU and 1 GiB
+        elsewhere.
     """
     found, room = {}, None
     for source, batches in rows.items():
@@ -262,10 +264,10 @@ def with_known_logits(rows: dict[str, list[TokenBatch]], chunk_size: int | None)
 
 def _rows_to_keep(pairs: dict[str, tuple[torch.Tensor, LMHead]], chunk_size: int | None) -> int:
     """Rows whose logits of both models fit the budget."""
-    is_cpu = pairs["teacher"][0].device.type == "cpu"
+    device = pairs["teacher"][0].device
     row = sum(len(head.weight) * head.weight.dtype.itemsize for _, head in pairs.values())
-    fit = (2**28 if is_cpu else 2**30) // row
-    return fit if chunk_size is None else min(fit, 4 * chunk_size)
+    fit = (2**28 if device.type == "cpu" else 2**30) // row
+    return min(fit, 4 * (chunk_size or default_chunk_size(pairs, device)))
 
 
 def critic_terms(weights: torch.Tensor) -> dict[str, Term]:
