@@ -29,6 +29,7 @@ EXAMPLES = {
     "top_k": ("5", 5),
     "min_p": ("0.01", 0.01),
     "repetition_penalty": ("1.1", 1.1),
+    "rollout_batch_size": ("4", 4),
     "generation_kwargs": ('{"typical_p": 0.9}', {"typical_p": 0.9}),
     "use_vllm": ("true", True),
     "vllm_mode": ("server", "server"),

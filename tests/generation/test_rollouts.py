@@ -94,6 +94,26 @@ def test_generate_completions_prompts_are_padded_on_the_left_and_masked_by_lengt
     assert not training
 
 
+@pytest.mark.parametrize(("size", "sizes"), [(None, [5]), (2, [2, 2, 1]), (5, [5]), (9, [5])])
+def test_generate_completions_in_batches_are_those_of_one(size, sizes):
+    prompts, model = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15]], tiny()
+    sampling = Sampling(6, temperature=0.0, rollout_batch_size=size)
+    calls, generate = [], model.generate
+    model.generate = lambda **inputs: calls.append(inputs["input_ids"].shape) or generate(**inputs)
+    found = generate_completions(model, prompts, sampling, PAD, [EOS], seed=0)
+    assert found == [generate_completions(tiny(), [prompt], sampling, PAD, [EOS], 0)[0] for prompt in prompts]
+    assert [shape[0] for shape in calls] == sizes
+    if size == 2:
+        assert [shape[1] for shape in calls] == [3, 4, 1]  # each is padded to its own longest prompt
+
+
+def test_generate_completions_in_batches_draw_apart():
+    sampling = Sampling(6, temperature=1.0, rollout_batch_size=1)
+    first, second = generate_completions(tiny(), [[5, 6]] * 2, sampling, PAD, [EOS], seed=0)
+    assert first != second
+    assert generate_completions(tiny(), [[5, 6]] * 2, sampling, PAD, [EOS], seed=0) == [first, second]
+
+
 def test_generate_completions_leaves_the_prompts_alone():
     prompts = copy.deepcopy(PROMPTS)
     write(Scripted([[EOS]] * 3), prompts=prompts)
@@ -444,7 +464,7 @@ def test_rollout_writer_one_writer_for_both_marks_the_student_s_rows_alone():
     assert [row["is_on_policy"] for row in result] == draw_on_policy(8, 0.5, seed=0, step=1)
 
 
-def test_rollout_writer_seeds_differ_by_micro_batch_writer_step_and_rank():
+def test_rollout_writer_seeds_differ_by_writer_step_and_rank():
     seeds = []
     for step in (0, 1):
         for rank in (0, 1):
@@ -452,12 +472,22 @@ def test_rollout_writer_seeds_differ_by_micro_batch_writer_step_and_rank():
             writer = rollout_writer(rewrite_off_policy=True, rank=rank, world_size=2)
             writer.replace(batches_of(data_rows(8), 4), step, student, teacher)
             seeds += student.seeds + teacher.seeds
-    assert len(seeds) == len(set(seeds)) == 2 * 2 * 2 * 2
+    assert len(seeds) == len(set(seeds)) == 2 * 2 * 2
     again = Writer(48)
     rollout_writer(rewrite_off_policy=True, rank=1, world_size=2).replace(
         batches_of(data_rows(8), 4), 1, again, Writer(49)
     )
     assert again.seeds == student.seeds
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_rollout_writer_asks_each_model_once_for_all_micro_batches(size):
+    rows, student, teacher = data_rows(8, with_completion=lambda index: index % 3 == 0), Writer(48), Writer(49)
+    result = replaced_rows(rollout_writer().replace(batches_of(rows, size), 3, student, teacher))
+    assert len(student.seeds) == len(teacher.seeds) == 1
+    one, other = Writer(48), Writer(49)
+    assert result == replaced_rows(rollout_writer().replace(batches_of(rows, 8), 3, one, other))
+    assert (student.seeds, student.prompts, teacher.seeds) == (one.seeds, one.prompts, other.seeds)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -483,34 +513,12 @@ def test_rollout_writer_last_micro_batch_may_be_smaller():
     assert [row["is_on_policy"] for row in result] == draw_on_policy(7, 0.5, seed=0, step=5)
 
 
-@pytest.mark.parametrize("lmbda", [0.5, 1.0])
-def test_rollout_writer_at_once_makes_the_same_rows_in_one_call(lmbda):
-    rows = data_rows(8, with_completion=lambda index: index % 3 == 0)
-    students, result = {True: Writer(48), False: Writer(48)}, {}
-    for at_once, student in students.items():
-        writer = rollout_writer(lmbda=lmbda, rank=1, world_size=2, at_once=at_once)
-        result[at_once] = replaced_rows(writer.replace(batches_of(rows, 2), 3, student, Writer(49)))
-    assert result[True] == result[False]
-    assert len(students[True].seeds) == 1 and students[True].prompts == students[False].prompts
-
-
-def test_rollout_writer_at_once_calls_the_student_without_prompts_too():
+def test_rollout_writer_asks_the_student_without_prompts_too():
     # Another rank may have some
     batches, calls = batches_of(data_rows(2), 2), []
-    writer = rollout_writer(lmbda=1e-6, at_once=True)
+    writer = rollout_writer(lmbda=1e-6)
     (batch,) = writer.replace(batches, 0, lambda prompts, seed: calls.append(prompts) or [], Writer(49))
     assert calls == [[]] and batch is batches[0]
-
-
-def test_rollout_writer_at_once_seeds_differ_by_step_and_rank():
-    seeds = []
-    for step in (0, 1):
-        for rank in (0, 1):
-            student = Writer(48)
-            writer = rollout_writer(rank=rank, world_size=2, at_once=True)
-            writer.replace(batches_of(data_rows(8), 4), step, student, Writer(49))
-            seeds += student.seeds
-    assert len(set(seeds)) == len(seeds) == 4
 
 
 def test_rollout_writer_last_lists_are_of_the_last_step():

@@ -103,6 +103,7 @@ def train(trainer_class, tokenizer, folder, **overrides):
         "max_steps": 1,
         "per_device_train_batch_size": ROWS,
         "loss_chunk_size": CHUNK,
+        "rollout_batch_size": ROWS,
         "max_length": 2 * LENGTH,
         # Rollouts as long as that, whatever the student says
         "max_completion_length": LENGTH,

@@ -1,7 +1,6 @@
 """Sampling completions, and putting them in the place of dataset rows before the tokens of a step are counted."""
 
 import hashlib
-import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +39,8 @@ class Sampling:
         generation_kwargs (`dict[str, Any]`, *optional*):
             Further fields of [`~transformers.GenerationConfig`], or of vLLM's `SamplingParams` where vLLM writes; they
             win over the fields above.
+        rollout_batch_size (`int`, *optional*):
+            Prompts that `generate` continues at a time; all of a call by default.
     """
 
     max_completion_length: int = 256
@@ -49,6 +50,7 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
+    rollout_batch_size: int | None = None
 
     @classmethod
     def of(cls, args: Any) -> "Sampling":
@@ -121,7 +123,7 @@ def generate_completions(
     vocab_size: int | None = None,
 ) -> list[list[int]]:
     r"""
-    Sample one completion for each prompt, in one batch.
+    Sample one completion for each prompt, in one batch or in several of `sampling.rollout_batch_size`.
 
     The model's mode, its generation config and the global random state are the same afterwards.
 
@@ -137,7 +139,7 @@ def generate_completions(
         eos_token_ids (`list[int]`):
             Ids that end a completion.
         seed (`int`):
-            Seed of this batch's draws.
+            Seed of all draws.
         vocab_size (`int`, *optional*):
             Number of tokens that may be drawn: rows of a padded head beyond it are never written.
 
@@ -147,24 +149,31 @@ def generate_completions(
     if not prompts:
         return []
     device = model.get_input_embeddings().weight.device
-    length = max(len(prompt) for prompt in prompts)
-    padded = [[pad_token_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
-    masks = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     config = sampling.to_generation_config(pad_token_id, eos_token_ids)
     if vocab_size is not None and vocab_size < (num_rows := model.get_output_embeddings().out_features):
         config.suppress_tokens = [*(config.suppress_tokens or []), *range(vocab_size, num_rows)]
+    size, completions = sampling.rollout_batch_size or len(prompts), []
     was_training = model.training
     model.eval()
     try:
         with forked_rng(device, seed), swapped_generation_config(model, config):
-            output = model.generate(
-                input_ids=torch.tensor(padded, device=device),
-                attention_mask=torch.tensor(masks, device=device),
-                generation_config=config,
-            )
+            for start in range(0, len(prompts), size):
+                inputs = _left_padded(prompts[start : start + size], pad_token_id, device)
+                output = model.generate(**inputs, generation_config=config)
+                completions += output[:, inputs["input_ids"].shape[1] :].tolist()
     finally:
         model.train(was_training)
-    return cut_at_eos(output[:, length:].tolist(), eos_token_ids)
+    return cut_at_eos(completions, eos_token_ids)
+
+
+def _left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    length = max(len(prompt) for prompt in prompts)
+    padded = [[pad_token_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    masks = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {
+        "input_ids": torch.tensor(padded, device=device),
+        "attention_mask": torch.tensor(masks, device=device),
+    }
 
 
 def cut_at_eos(completions: list[list[int]], eos_token_ids: list[int]) -> list[list[int]]:
@@ -224,9 +233,6 @@ class RolloutWriter:
             Index of this process.
         world_size (`int`):
             Number of processes.
-        at_once (`bool`, *optional*, defaults to `False`):
-            Whether the student writes all rollouts of a step in one call, which every rank makes, with prompts or
-            without; else in one call for each micro-batch that has any.
     """
 
     def __init__(
@@ -237,7 +243,6 @@ class RolloutWriter:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        at_once: bool = False,
     ):
         self.collator = collator
         self.lmbda = lmbda
@@ -245,7 +250,6 @@ class RolloutWriter:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.at_once = at_once
         self.last_prompts: list[list[int]] = []
         self.last_completions: list[list[int]] = []
 
@@ -261,9 +265,10 @@ class RolloutWriter:
             step (`int`):
                 Optimizer step, the seed of all draws.
             student (`Callable`):
-                Writes completions for prompts, under a seed.
+                Writes completions for prompts, under a seed. If it has a share, it is called once on every rank, with
+                prompts or without, since its weights may have to be gathered or sent.
             teacher (`Callable`):
-                The same for the teacher.
+                The same for the teacher; called once if it has anything to write.
 
         Returns:
             `list[dict[str, torch.Tensor]]`
@@ -274,57 +279,33 @@ class RolloutWriter:
         # The loader deals micro-batches out to the ranks in turn
         firsts = [sum(sizes[:i]) * self.world_size + self.rank * size for i, size in enumerate(sizes)]
         on_policies = [drawn[first : first + size] for first, size in zip(firsts, sizes, strict=True)]
-        if self.at_once:
-            student = self._write_at_once(batches, on_policies, step, student)
-        replaced = []
-        for index, (batch, on_policy) in enumerate(zip(batches, on_policies, strict=True)):
-            if any(on_policy) or self._needs_teacher(batch, on_policy):
-                # Numbers of the teacher's draws start apart from the student's
-                seeds = [rollout_seed(self.seed, step, self.rank, index, who) for who in (0, 1)]
-                batch = self._replace_rows(batch, on_policy, student, teacher, seeds)
-            replaced.append(batch)
-        return replaced
-
-    def _write_at_once(
-        self, batches: list[dict[str, torch.Tensor]], on_policies: list[list[bool]], step: int, student: Writer
-    ) -> Writer:
-        """Let the student write for all micro-batches; a writer that hands these completions out in order."""
-        rows = [row for batch in batches for row in rows_of(batch)]
-        drawn = [row for row, on_policy in zip(rows, sum(on_policies, []), strict=True) if on_policy]
-        prompts = [row["input_ids"][: row["prompt_length"]] for row in drawn]
-        written = iter(student(prompts, rollout_seed(self.seed, step, self.rank)))
-        return lambda asked, _: list(itertools.islice(written, len(asked)))
-
-    def _needs_teacher(self, batch: dict[str, torch.Tensor], on_policy: list[bool]) -> bool:
-        if self.rewrite_off_policy:
-            return not all(on_policy)
-        return not (batch["labels"] != -100).any(dim=1).all().item()
-
-    def _replace_rows(
-        self,
-        batch: dict[str, torch.Tensor],
-        on_policy: list[bool],
-        student: Writer,
-        teacher: Writer,
-        seeds: list[int],
-    ) -> dict[str, torch.Tensor]:
-        rows = rows_of(batch)
-        by_student = [i for i, drawn in enumerate(on_policy) if drawn]
-        by_teacher = [
-            i
-            for i, drawn in enumerate(on_policy)
-            if not drawn and (self.rewrite_off_policy or all(label == -100 for label in rows[i]["labels"]))
+        rows = [rows_of(batch) for batch in batches]
+        flat = list(zip(sum(rows, []), sum(on_policies, []), strict=True))
+        by_student = [row for row, is_on_policy in flat if is_on_policy]
+        by_teacher = [row for row, is_on_policy in flat if not is_on_policy and self._needs_teacher(row)]
+        if self.lmbda > 0:
+            self._write(by_student, student, rollout_seed(self.seed, step, self.rank, 0), is_on_policy=True)
+            self.last_prompts = [row["input_ids"][: row["prompt_length"]] for row in by_student]
+            self.last_completions = [row["input_ids"][row["prompt_length"] :] for row in by_student]
+        if by_teacher:
+            self._write(by_teacher, teacher, rollout_seed(self.seed, step, self.rank, 1), is_on_policy=False)
+        written = {id(row) for row in by_student + by_teacher}
+        return [
+            self._collate(part, batch) if any(id(row) in written for row in part) else batch
+            for part, batch in zip(rows, batches, strict=True)
         ]
-        parts = ((by_student, student, seeds[0], True), (by_teacher, teacher, seeds[1], False))
-        for indices, writer, seed, is_on_policy in parts:
-            prompts = [rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in indices]
-            completions = writer(prompts, seed) if prompts else []
-            for i, prompt, completion in zip(indices, prompts, completions, strict=True):
-                rows[i] |= completed_row(prompt, completion) | {"is_on_policy": is_on_policy}
-            if is_on_policy:
-                self.last_prompts += prompts
-                self.last_completions += completions
-        device = batch["input_ids"].device
+
+    def _needs_teacher(self, row: dict[str, Any]) -> bool:
+        return self.rewrite_off_policy or all(label == -100 for label in row["labels"])
+
+    def _write(self, rows: list[dict[str, Any]], writer: Writer, seed: int, is_on_policy: bool) -> None:
+        """Completions in place of those that the rows have."""
+        prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+        for row, prompt, completion in zip(rows, prompts, writer(prompts, seed), strict=True):
+            row |= completed_row(prompt, completion) | {"is_on_policy": is_on_policy}
+
+    def _collate(self, rows: list[dict[str, Any]], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        device = like["input_ids"].device
         return {name: tensor.to(device) for name, tensor in self.collator(rows).items()}
 
 

@@ -52,6 +52,9 @@ class KDConfig(SFTConfig):
             Smallest probability of a token, relative to the most likely one.
         repetition_penalty (`float`, *optional*, defaults to `1.0`):
             Penalty on tokens that occurred already. `1.0` is none.
+        rollout_batch_size (`int`, *optional*):
+            Prompts that a model continues at a time. By default all that it continues in an optimizer step on a
+            device, which is fastest; set it if that takes too much memory. vLLM has its own limits.
         generation_kwargs (`dict[str, Any]`, *optional*):
             Further fields of [`~transformers.GenerationConfig`] or, with `use_vllm`, of vLLM's `SamplingParams`. They
             win over the fields above.
@@ -177,6 +180,13 @@ class KDConfig(SFTConfig):
     )
     repetition_penalty: float = field(
         default=1.0, metadata={"help": "Penalty on tokens that occurred already. 1.0 is none."}
+    )
+    rollout_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts that a model continues at a time. By default all that it continues in an optimizer step "
+            "on a device, which is fastest; set it if that takes too much memory. vLLM has its own limits."
+        },
     )
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -304,6 +314,11 @@ class KDConfig(SFTConfig):
             raise ValueError(
                 f"`loss_chunk_size` is {self.loss_chunk_size}, but it is a number of tokens. Set it to 1 or more, or "
                 "to None for the default."
+            )
+        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
+            raise ValueError(
+                f"`rollout_batch_size` is {self.rollout_batch_size}, but it is a number of prompts. Set it to 1 or "
+                "more, or to None for all at a time."
             )
         check_choice("off_policy_source", self.off_policy_source, ("auto", "dataset", "teacher"))
         check_choice("vllm_mode", self.vllm_mode, ("colocate", "server"))

@@ -149,7 +149,6 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
                 args.seed,
                 self.accelerator.process_index,
                 self.accelerator.num_processes,
-                at_once=args.use_vllm,
             )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
