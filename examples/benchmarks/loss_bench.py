@@ -56,6 +56,7 @@ from trl_kd.losses import (
     generalized_jsd,
     moment,
     reverse_kl,
+    top1_agreement,
     total_variation,
 )
 
@@ -70,6 +71,7 @@ def amm_exact(batch: Batch) -> torch.Tensor:
     terms = {
         "moment": batch.term(exact_moment),
         "total_variation": Term(total_variation),
+        "top1_agreement": Term(top1_agreement),
         "student_entropy": Term(entropy, ("student",)),
         "teacher_entropy": Term(entropy, ("teacher",)),
     }

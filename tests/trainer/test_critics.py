@@ -247,7 +247,54 @@ def test_student_s_loss_leaves_no_gradient_on_critics(tokenizer, tmp_path, order
     }
     trainer = build(tokenizer, tmp_path, Watch, **options)
     trainer.train()
-    assert trainer.seen == (False, True) and not trainer.left
+    # In the order "after", the critics' first gradient comes from the same pass
+    assert trainer.seen == (order == "after", True) and not trainer.left
+
+
+class SeparatePass(Recorder):
+    """In the order "after": keeps the critics' gradients of the student's pass, and those of a pass of their own."""
+
+    def ascend(self, tokens, first_values=None):
+        critics, parameters = self.auxiliary, self.auxiliary.critic_parameters()
+        self.joint = [parameter.grad.clone() for parameter in parameters]
+        self.joint_report = critics.ascend_once(tokens, first_values)
+        for parameter in parameters:
+            parameter.grad = None
+        self.separate_report = critics.ascend_once(tokens, None)
+        self.separate = [parameter.grad.clone() for parameter in parameters]
+        super().ascend(tokens)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("head", ["tied", "full", "low_rank"])
+def test_gradient_of_critics_from_the_student_s_pass_is_that_of_their_own(
+    tokenizer, tmp_path, monkeypatch, head, gamma
+):
+    def ascend_once(critics, tokens, first_values):
+        with monkeypatch.context() as patch:
+            patch.setattr(critics, "_step", lambda names: torch.ones(()))
+            patch.setattr(critics.args, "critic_steps", 1)
+            return critics.ascend(tokens, first_values)
+
+    monkeypatch.setattr(MomentCritics, "ascend_once", ascend_once, raising=False)
+    trainer = train(
+        tokenizer,
+        tmp_path,
+        (2, 2),
+        trainer_class=SeparatePass,
+        critic_order="after",
+        critic_head=head,
+        gamma=gamma,
+        max_steps=2,
+    )
+    assert len(trainer.joint) == len(trainer.separate) >= 2
+    for joint, separate in zip(trainer.joint, trainer.separate, strict=True):
+        # Sums in another order; the student's and its own pass see the same float32 states
+        torch.testing.assert_close(joint, separate, rtol=1e-4, atol=1e-5 * separate.abs().max().item())
+    assert set(trainer.joint_report) == set(trainer.separate_report)
+    for name, (total, count) in trainer.separate_report.items():
+        found, weight = trainer.joint_report[name]
+        assert found.item() == pytest.approx(total.item(), rel=1e-4, abs=1e-6) and weight == pytest.approx(count)
 
 
 @pytest.mark.parametrize(("order", "split"), [("before", (4, 1)), ("before", (2, 2)), ("after", (2, 2))])

@@ -17,6 +17,7 @@ from trl_kd.losses import (
     exact_penalised_moment,
     forward_kl,
     linear_loss,
+    top1_agreement,
     total_variation,
     weighted_sum,
 )
@@ -111,7 +112,9 @@ class AMMTrainer(_KDTrainer):
 
     def __init__(self, *arguments: Any, **kwargs: Any):
         super().__init__(*arguments, **kwargs)
-        self._seen: list[TokenBatch] = []  # of the current optimizer step, for an ascent after it
+        # Of the current optimizer step, for an ascent after it: tokens, and what the critics' first pass has found
+        self._seen: list[TokenBatch] = []
+        self._first_values: dict[str, list[dict[str, torch.Tensor]]] = {source: [] for source in SOURCES}
         warn_of_settings(self.args)
         self.add_callback(DriftWatch(self.args))
 
@@ -149,7 +152,7 @@ class AMMTrainer(_KDTrainer):
 
     def get_batch_samples(self, *arguments: Any, **kwargs: Any) -> tuple[list, Any]:
         """As the base's; what a step that was cut off has seen is forgotten."""
-        self._seen = []
+        self._forget()
         return super().get_batch_samples(*arguments, **kwargs)
 
     def prepare_step(self, tokens: list[TokenBatch]) -> list[dict[str, torch.Tensor]]:
@@ -165,16 +168,22 @@ class AMMTrainer(_KDTrainer):
             self._sums["train"].add("kd/on_policy/advantage_size", part.abs().sum(), batch.is_on_policy.sum())
         return [{"advantage": part} for part in advantages]
 
-    def ascend(self, tokens: list[TokenBatch]) -> None:
+    def ascend(self, tokens: list[TokenBatch], first_values: dict[str, Any] | None = None) -> None:
         """The critics look for the worst case on these tokens."""
-        for name, (total, weight) in self.auxiliary.ascend(tokens).items():
+        for name, (total, weight) in self.auxiliary.ascend(tokens, first_values).items():
             self._sums["train"].add(name, total, weight)
 
     def _before_optimizer_step(self) -> None:
         super()._before_optimizer_step()
         if self.learns_critic and self.args.critic_order == "after":
-            tokens, self._seen = self._seen, []
-            self.ascend(tokens)
+            self.ascend(self._seen, self._first_values)
+            self._forget()
+
+    def _forget(self) -> None:
+        self._seen, self._first_values = [], {source: [] for source in SOURCES}
+        if self.learns_critic:
+            for parameter in self.auxiliary.critic_parameters():
+                parameter.grad = None
 
     def token_loss(self, tokens: TokenBatch) -> LinearLoss:
         """Both moments of one micro-batch, and the additional losses, on the same logits."""
@@ -194,8 +203,15 @@ class AMMTrainer(_KDTrainer):
         if source not in self.auxiliary.modules:  # evaluation, after training on rollouts alone
             return self._game(tokens, {})
         states, head = self.auxiliary.pair(source, tokens)
-        tokens = replace(tokens, pairs=tokens.pairs | {"critic": (states.detach(), head.detach())})
-        result = self._game(tokens, critic_terms(self._discounted(tokens)))
+        terms = critic_terms(self._discounted(tokens))
+        rises = self.model.training and self.args.critic_order == "after"
+        if rises:  # both sides meet the same critic, so that its first gradient comes from the same pass
+            terms["critic_objective"] = self.auxiliary.objective(tokens)
+        else:
+            states, head = states.detach(), head.detach()
+        result = self._game(replace(tokens, pairs=tokens.pairs | {"critic": (states, head)}), terms)
+        if rises:
+            self._first_values[source].append(dict(result.values))
         # Share of the largest moment, 2 B TV, that this critic sees
         largest = 2 * self.args.critic_bound * result.values["total_variation"].sum()
         sums = self._sums["train" if self.model.training else "eval"]
@@ -213,6 +229,7 @@ class AMMTrainer(_KDTrainer):
         args = self.args
         terms = terms | {
             "total_variation": Term(total_variation),
+            "top1_agreement": Term(top1_agreement),
             "student_entropy": Term(entropy, ("student",)),
             "teacher_entropy": Term(entropy, ("teacher",)),
         }
@@ -227,9 +244,9 @@ class AMMTrainer(_KDTrainer):
             weights = -share * self._discounted(tokens) * tokens.step_values["advantage"]
             terms["later_states"] = Term(cross_entropy, ("student", "labels"), weights)
         result = linear_loss(tokens.pairs, terms, tokens.labels, args.loss_chunk_size)
-        if "later_states" not in terms:
-            return result
-        # Its gradient is meant, its value says nothing: the loss stays the moments'
-        values = dict(result.values)
-        surrogate = weighted_sum(values.pop("later_states"), terms["later_states"].weights)
-        return LinearLoss(result.loss - surrogate, values)
+        # The gradient of these is meant, their value says nothing: the loss stays the moments'
+        loss, values = result.loss, dict(result.values)
+        for name in {"later_states", "critic_objective"} & set(terms):
+            loss = loss - weighted_sum(values[name], terms[name].weights)
+        values.pop("later_states", None)
+        return LinearLoss(loss, values)

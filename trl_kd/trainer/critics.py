@@ -142,13 +142,17 @@ class MomentCritics(AuxiliaryModules):
         return critic_features(*(tokens.pairs[name][0] for name in names[self.args.critic_features]))
 
     @torch.enable_grad()
-    def ascend(self, tokens: list[TokenBatch]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def ascend(
+        self, tokens: list[TokenBatch], first_values: dict[str, list[dict[str, torch.Tensor]]] | None = None
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         r"""
         Take the K steps of all critics.
 
         Args:
             tokens (`list[TokenBatch]`):
                 All micro-batches of this rank's optimizer step, detached.
+            first_values (`dict[str, list[dict[str, torch.Tensor]]]`, *optional*):
+                Per-token values by source, if the gradient of the first step is there already.
 
         Returns:
             `dict[str, tuple[torch.Tensor, torch.Tensor]]`: sums and weights to log. The moments are those before the
@@ -168,8 +172,11 @@ class MomentCritics(AuxiliaryModules):
         for index in range(self.args.critic_steps):
             is_first = index == 0
             for name in critics:
-                values = [self._backward(name, batch, embeddings, with_metrics=is_first) for batch in rows[name]]
-                if is_first:
+                if is_first and first_values is not None:
+                    values = first_values[name]
+                else:
+                    values = [self._backward(name, batch, embeddings, with_metrics=is_first) for batch in rows[name]]
+                if is_first and values:
                     report |= self._unseen(name, {key: torch.cat([v[key] for v in values]) for key in values[0]})
             grad_norm = self._step(critics)
             if is_first:
@@ -178,21 +185,23 @@ class MomentCritics(AuxiliaryModules):
         report["kd/critic_learning_rate"] = (torch.tensor(learning_rate), torch.ones(()))
         return report
 
+    def objective(self, tokens: TokenBatch) -> Term:
+        """What a critic ascends, as a loss, on pairs that hold it."""
+        weights = tokens.source_weights
+        if self.args.gamma != 1.0:
+            weights = weights * discount_weights(tokens.positions, self.args.gamma).to(weights.dtype)
+        return Term(partial(critic_objective, penalty=self.args.critic_penalty), _CRITIC_INPUTS, -weights)
+
     def _backward(
         self, name: str, batch: TokenBatch, embeddings: LMHead, with_metrics: bool
     ) -> dict[str, torch.Tensor]:
         """Gradient of a critic's objective on some rows; per-token values before the step."""
-        args = self.args
-        weights = batch.source_weights
-        if args.gamma != 1.0:
-            weights = weights * discount_weights(batch.positions, args.gamma).to(weights.dtype)
-        objective = partial(critic_objective, penalty=args.critic_penalty)
-        terms = {"objective": Term(objective, _CRITIC_INPUTS, -weights)}
+        terms = {"critic_objective": self.objective(batch)}
         if with_metrics:
             terms |= {"moment": Term(moment, _CRITIC_INPUTS), "total_variation": Term(total_variation)}
         with self.accelerator.autocast():
             pairs = batch.pairs | {"critic": self.modules[name].pair(batch.pairs["features"][0], embeddings)}
-            result = linear_loss(pairs, terms, chunk_size=args.loss_chunk_size)
+            result = linear_loss(pairs, terms, chunk_size=self.args.loss_chunk_size)
         with torch.autocast(result.loss.device.type, enabled=False):  # else it would round what is float32
             result.loss.backward()
         return result.values
@@ -204,7 +213,7 @@ class MomentCritics(AuxiliaryModules):
         return {
             f"kd/{name}/unseen_moment": (total, count),
             f"kd/{name}/unseen_tightness": (total, largest),
-            f"kd/{name}/critic_objective": (values["objective"].sum(), count),
+            f"kd/{name}/critic_objective": (values["critic_objective"].sum(), count),
         }
 
     def _present(self, rows: dict[str, list[TokenBatch]]) -> list[str]:
