@@ -5,14 +5,17 @@ Checks and times what needs a GPU, in one call.
 
 1. The gradients of every loss on a real vocabulary (151,936 tokens) against the plain form in float64.
 2. Time and peak memory in bfloat16 beside bare matrix products and TRL's losses, as `loss_bench.py` measures them.
-3. A few steps of AMMTrainer with LoRA and rollouts on random models of that vocabulary, with each kind of critic and
-   the full on-policy gradient: time, memory, finite numbers.
+3. A few steps of AMMTrainer with rollouts on random models of that vocabulary, with LoRA and without, with each kind of
+   critic and the full on-policy gradient: time, memory.
+
+Stops where a gradient is wrong or a loss not finite.
 
 Runs on a CPU too, with `--small`, to see that the script itself works.
 """
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from argparse import Namespace
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from floors import Shape
-from loss_bench import OURS, Setting, gradient_errors, measure
+from loss_bench import OURS, SIGNED, Setting, gradient_errors, measure
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,8 +39,12 @@ def check_losses(device: str, shape: Shape) -> dict[str, Any]:
     few = Setting((64, *shape[1:]), 1.0, False, chunk_size, "float32", device)
     args = Namespace(measures=["time", "memory"], rounds=5, threads=1, clock="wall", device=device)
     all_rows = replace(few, shape=shape, dtype="bfloat16")
+    errors = gradient_errors(OURS, few)
+    wrong = {name: error for name, error in errors.items() if not error <= (1e-3 if name in SIGNED else 1e-5)}
+    if wrong:
+        raise RuntimeError(f"Gradients differ from float64 by {wrong}.")
     return {
-        "errors": gradient_errors(OURS, few),
+        "errors": errors,
         "errors_bfloat16": gradient_errors(OURS, replace(few, dtype="bfloat16")),
         "figures": measure([*OURS, "trl_forward_kl", "trl_jsd"], all_rows, args),
     }
@@ -45,6 +52,7 @@ def check_losses(device: str, shape: Shape) -> dict[str, Any]:
 
 GAMES = {
     "exact": {},
+    "exact, full fine-tuning": {"lora": False},
     "learned": {"critic": "value_head"},
     "learned, after": {"critic": "value_head", "critic_order": "after"},
     "learned, low rank": {"critic": "value_head", "critic_head": "low_rank"},
@@ -52,8 +60,10 @@ GAMES = {
 }
 
 
-def check_training(device: str, width: int, layers: int, tokenizer_path: str, **options) -> dict[str, float]:
-    """Five AMM steps with LoRA on random models, in two micro-batches each."""
+def check_training(
+    device: str, width: int, layers: int, tokenizer_path: str, lora: bool = True, **options
+) -> dict[str, float]:
+    """Five AMM steps on random models, in two micro-batches each."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
@@ -83,7 +93,7 @@ def check_training(device: str, width: int, layers: int, tokenizer_path: str, **
             use_cpu=device == "cpu",
             **options,
         )
-        peft_config = LoraConfig(r=8, target_modules="all-linear")
+        peft_config = LoraConfig(r=8, target_modules="all-linear") if lora else None
         trainer = AMMTrainer(
             *models, args, Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config
         )
@@ -93,6 +103,8 @@ def check_training(device: str, width: int, layers: int, tokenizer_path: str, **
         trainer.train()
         seconds = time.perf_counter() - start
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if len(losses) != 5 or not all(map(math.isfinite, losses)):
+        raise RuntimeError(f"Training with {options} has the losses {losses}.")
     peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
     return {"first_loss": losses[0], "last_loss": losses[-1], "seconds_per_step": seconds / 5, "peak_mib": peak}
 

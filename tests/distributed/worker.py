@@ -43,6 +43,8 @@ CRITICS = {"critic": "value_head", "on_policy_gradient": "full", "later_warmup_s
 GAMES = [
     CRITICS | {"later_baseline": "position", "per_device_train_batch_size": 2},
     CRITICS | {"later_baseline": "value", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    # All rollouts are on one rank, so that the other has no gradient for their critic
+    CRITICS | {"critic_order": "after", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
 ]
 CRITIC_KIND = (AMMTrainer, CRITIC_NUMBERS)
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random"}

@@ -1,7 +1,9 @@
+import gc
 import math
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_kd.losses import (
@@ -391,6 +393,56 @@ def test_linear_loss_numbers_of_rows_that_differ_raise(wrong):
         linear_loss(pairs, {"kl": Term(forward_kl, weights=weights)}, labels)
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_linear_loss_chunk_size_below_one_raises(size):
+    models = Models((13, 17, 5, 9))
+    with pytest.raises(ValueError, match=rf"`chunk_size` is {size}, but it is a number of rows\. Set it to 1"):
+        linear_loss(models.pairs, {"kl": Term(forward_kl)}, chunk_size=size)
+
+
+@pytest.mark.parametrize(
+    "terms", [{}, {"nll": Term(cross_entropy, ("student", "labels"))}, {"a": Term(entropy, ("x",))}]
+)
+def test_linear_loss_terms_that_take_what_is_not_there_raise(terms):
+    models = Models((13, 17, 5, 9))
+    with pytest.raises(ValueError, match=r"but there are \['student', 'teacher'\]\. .* Pass these pairs"):
+        linear_loss(models.pairs, terms)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_linear_loss_function_that_reduces_raises(weighted):
+    models = Models((13, 17, 5, 9))
+
+    def mean_kl(student, teacher):
+        return forward_kl(student, teacher).mean()
+
+    with pytest.raises(ValueError, match=r"`mean_kl` returned shape \(\) for 5 tokens, .* one value per token"):
+        linear_loss(models.pairs, {"kl": Term(mean_kl, weights=models.weights if weighted else None)}, chunk_size=5)
+
+
+def test_linear_loss_gradient_of_the_gradient_raises():
+    models = Models((13, 17, 5, 9))
+    loss = linear_loss(models.pairs, {"kl": Term(forward_kl, weights=models.weights)}).loss
+    factor = torch.ones((), requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss * factor, models.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_linear_loss_float16_sum_over_many_rows_stays_in_range():
+    # One large channel of the states, and one label everywhere: a column of the gradient sums to about 1,024 * 100
+    rows = 1024
+    hidden = torch.ones(rows, 4)
+    hidden[:, 0] = 100.0
+    weight = torch.zeros(8, 4, dtype=torch.float16, requires_grad=True)
+    term = Term(cross_entropy, ("student", "labels"), torch.full((rows,), 1.0 / rows))
+    labels = torch.zeros(rows, dtype=torch.long)
+    linear_loss({"student": (hidden.half(), LMHead(weight))}, {"nll": term}, labels, rows).loss.backward()
+    expected = torch.full((8, 4), 0.125) - torch.nn.functional.one_hot(torch.tensor(0), 8).unsqueeze(1)
+    expected[:, 0] *= 100.0
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=2e-3, atol=1e-3)
+
+
 class LargestTensor(TorchDispatchMode):
     """Number of elements of the largest tensor that any operation makes, forward and backward."""
 
@@ -429,12 +481,49 @@ def test_linear_loss_no_tensor_has_a_row_of_logits_for_every_token(weighted):
     assert largest_tensor(models, chunk_size=rows) == rows * vocab_size
 
 
-def test_linear_loss_memory_between_forward_and_backward_is_without_logits():
-    models, kept = Models((256, 501, 6, 7)), []
-    terms = {"kl": Term(forward_kl, weights=torch.ones(256))}
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
-        linear_loss(models.pairs, terms, chunk_size=8)
-    assert max(kept, default=0) < 8 * 501  # not the logits of a single chunk
+class Alive(TorchDispatchMode):
+    """Bytes of all that operations have made beside their inputs and that somebody still holds."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.inputs = {each.untyped_storage()._cdata for each in inputs}
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.inputs:
+                    reference = StorageWeakRef(storage)
+                    self.storages[reference.cdata] = reference, storage.nbytes()
+        return output
+
+    @property
+    def bytes(self):
+        return sum(size for reference, size in self.storages.values() if not reference.expired())
+
+
+@pytest.mark.parametrize("function", [forward_kl, lambda student, teacher: (student - teacher).square().mean(-1)])
+def test_linear_loss_holds_gradients_and_values_alone_until_backward(function):
+    models = Models((256, 501, 6, 7))
+    terms = {"loss": Term(function, weights=torch.ones(256)), "entropy": Term(entropy, ("teacher",))}
+    collecting = gc.isenabled()
+    gc.disable()  # what only the collector frees would count
+    try:
+        pairs = models.pairs
+        inputs = [each for hidden, head in pairs.values() for each in (hidden, head.weight, head.bias)]
+        with Alive(*inputs, terms["loss"].weights) as alive:
+            result = linear_loss(pairs, terms, chunk_size=8)
+        # Gradients of hidden states, head and bias, two values a row, the loss; a chunk of logits has 16,032 bytes
+        gradients = sum(4 * each.numel() for each in (models.hidden, models.weight, models.bias))
+        assert alive.bytes == gradients + 2 * 256 * 4 + 4
+        with alive:
+            result.loss.backward()
+        del result
+        assert alive.bytes == gradients  # handed over, not copied
+    finally:
+        gc.enable() if collecting else None
 
 
 @pytest.mark.parametrize(("vocab_size", "expected"), [(150_000, 128), (40_000, 209), (5_000, 1024)])

@@ -21,11 +21,8 @@ THREE_ROWS = (([-100, 11, 12, 13], False), ([-100, -100, 21], True), ([-100, 31,
 
 def test_select_tokens_labels_are_shifted_to_the_positions_that_predict_them():
     selected = select_tokens(batch(*THREE_ROWS))
-    assert selected.mask.tolist() == [
-        [True, True, True, False],
-        [False, True, False, False],
-        [True, False, True, True],
-    ]
+    # Five columns after padding; positions 0 to 2 of the first row, 1 of the second, 0, 2 and 3 of the third
+    assert selected.rows.tolist() == [0, 1, 2, 5 + 1, 10 + 0, 10 + 2, 10 + 3]
     assert selected.labels.tolist() == [11, 12, 13, 21, 31, 33, 34]
     assert selected.is_on_policy.tolist() == [False, False, False, True, False, False, False]
     # Trained tokens before each in its row: the untrained one between 31 and 33 is not counted
@@ -37,8 +34,8 @@ def test_select_tokens_logits_of_a_perfect_model_predict_the_labels():
     labels = rows.clone()
     labels[0, :2] = -100
     selected = select_tokens({"labels": labels, "is_on_policy": torch.tensor([False, True])})
-    logits = torch.nn.functional.one_hot(rows[:, 1:], 10)  # at position i, certain of token i + 1
-    assert torch.equal(logits[selected.mask].argmax(-1), selected.labels)
+    logits = torch.nn.functional.one_hot(rows.roll(-1, dims=1), 10)  # at position i, certain of token i + 1
+    assert torch.equal(selected.of(logits).argmax(-1), selected.labels)
 
 
 def test_select_tokens_first_token_of_a_row_is_not_predicted():
@@ -48,8 +45,7 @@ def test_select_tokens_first_token_of_a_row_is_not_predicted():
 
 def test_select_tokens_nothing_trained_is_empty():
     selected = select_tokens(batch(([-100, -100], False), ([-100, -100, -100], True)))
-    assert not selected.mask.any()
-    assert len(selected.labels) == len(selected.is_on_policy) == len(selected.positions) == 0
+    assert len(selected.rows) == len(selected.labels) == len(selected.is_on_policy) == len(selected.positions) == 0
 
 
 def test_select_tokens_packed_row_counts_positions_within_each_sequence():

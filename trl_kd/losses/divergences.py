@@ -15,11 +15,11 @@ def _log_probs(logits: torch.Tensor, kd_temperature: float = 1.0) -> torch.Tenso
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if kd_temperature == 1.0:
         return F.log_softmax(logits, dim=-1)
-    check_kd_temperature(kd_temperature)
+    _check_kd_temperature(kd_temperature)
     return F.log_softmax(logits / kd_temperature, dim=-1)
 
 
-def check_kd_temperature(kd_temperature: float) -> None:
+def _check_kd_temperature(kd_temperature: float) -> None:
     """Refuse temperatures that no softmax has."""
     if not 0.0 < kd_temperature < math.inf:
         raise ValueError(
@@ -27,13 +27,13 @@ def check_kd_temperature(kd_temperature: float) -> None:
         )
 
 
-def check_beta(beta: float) -> None:
+def _check_beta(beta: float) -> None:
     """Refuse what is no share."""
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"`beta` is {beta}, but it is the teacher's share in a mixture. Set it in [0, 1].")
 
 
-def check_skew(skew: float) -> None:
+def _check_skew(skew: float) -> None:
     """Refuse what is no share."""
     if not 0.0 <= skew < 1.0:
         raise ValueError(
@@ -51,7 +51,7 @@ def _check_same_shape(student_logits: torch.Tensor, teacher_logits: torch.Tensor
         )
 
 
-def check_head(head: float) -> None:
+def _check_head(head: float) -> None:
     """Refuse what is no mass."""
     if not 0.0 <= head <= 1.0:
         raise ValueError(f"`head` is {head}, but it is a mass of the teacher's distribution. Set it in [0, 1].")
@@ -188,7 +188,7 @@ def generalized_jsd(
     tensor([0.6931])
     ```
     """
-    check_beta(beta)
+    _check_beta(beta)
     if beta == 0.0:
         return forward_kl(student_logits, teacher_logits, kd_temperature)
     if beta == 1.0:
@@ -235,7 +235,7 @@ def skewed_forward_kl(
     tensor([0.6931])
     ```
     """
-    check_skew(skew)
+    _check_skew(skew)
     if skew == 0.0:
         return forward_kl(student_logits, teacher_logits, kd_temperature)
     _check_same_shape(student_logits, teacher_logits)
@@ -279,7 +279,7 @@ def skewed_reverse_kl(
     tensor([0.6931])
     ```
     """
-    check_skew(skew)
+    _check_skew(skew)
     if skew == 0.0:
         return reverse_kl(student_logits, teacher_logits, kd_temperature)
     _check_same_shape(student_logits, teacher_logits)
@@ -329,15 +329,15 @@ def adaptive_kl(
     tensor([0.5493])
     ```
     """
-    check_head(head)
+    _check_head(head)
     _check_same_shape(student_logits, teacher_logits)
     log_q = _log_probs(student_logits, kd_temperature)
     log_p = _log_probs(teacher_logits.detach(), kd_temperature)
-    share = head_share(log_p.exp(), log_q.detach().exp(), head)
+    share = _head_share(log_p.exp(), log_q.detach().exp(), head)
     return share * _expected_log_ratio(log_p, log_q) + (1.0 - share) * _expected_log_ratio(log_q, log_p)
 
 
-def head_share(teacher_probs: torch.Tensor, student_probs: torch.Tensor, head: float) -> torch.Tensor:
+def _head_share(teacher_probs: torch.Tensor, student_probs: torch.Tensor, head: float) -> torch.Tensor:
     """Share of the head in the sum of |p - q|, `(...)`, in (0, 1); one half where nothing differs."""
     ascending, order = teacher_probs.sort(dim=-1)
     gap = (teacher_probs - student_probs).abs().gather(-1, order)

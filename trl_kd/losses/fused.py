@@ -5,7 +5,7 @@ logits; `losses/block.py` says what slopes and flows are. p is the teacher's dis
 critic's values. Gradient is wanted where `weights` are given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,6 @@ def _reverse_kl(
 def _generalized_jsd(
     block: Block, weights: _Weights, student: str, teacher: str, beta: float = 0.5, kd_temperature: float = 1.0
 ) -> torch.Tensor:
-    divergences.check_beta(beta)
     if beta in (0.0, 1.0):
         limit = _forward_kl if beta == 0.0 else _reverse_kl
         return limit(block, weights, student, teacher, kd_temperature)
@@ -62,7 +61,6 @@ def _generalized_jsd(
 def _skewed_forward_kl(
     block: Block, weights: _Weights, student: str, teacher: str, skew: float = 0.1, kd_temperature: float = 1.0
 ) -> torch.Tensor:
-    divergences.check_skew(skew)
     if skew == 0.0:
         return _forward_kl(block, weights, student, teacher, kd_temperature)
     q, p = block.softmax(student, kd_temperature), block.softmax(teacher, kd_temperature)
@@ -78,7 +76,6 @@ def _skewed_forward_kl(
 def _skewed_reverse_kl(
     block: Block, weights: _Weights, student: str, teacher: str, skew: float = 0.1, kd_temperature: float = 1.0
 ) -> torch.Tensor:
-    divergences.check_skew(skew)
     if skew == 0.0:
         return _reverse_kl(block, weights, student, teacher, kd_temperature)
     q, p = block.softmax(student, kd_temperature), block.softmax(teacher, kd_temperature)
@@ -101,9 +98,8 @@ def _mixture(block: Block, left: torch.Tensor, right: torch.Tensor, share: float
 def _adaptive_kl(
     block: Block, weights: _Weights, student: str, teacher: str, head: float = 0.5, kd_temperature: float = 1.0
 ) -> torch.Tensor:
-    divergences.check_head(head)
     q, p = block.softmax(student, kd_temperature), block.softmax(teacher, kd_temperature)
-    share = divergences.head_share(p.probs, q.probs, head)
+    share = divergences._head_share(p.probs, q.probs, head)
     forward, _ = block.expected(p.probs, block.minus(p.log_probs, q.log_probs))
     reverse, products = block.expected(q.probs, block.minus(q.log_probs, p.log_probs))
     if weights is not None:
@@ -201,10 +197,11 @@ _FUSED: dict[Callable, Callable] = {
 
 def fused_form(function: Callable) -> Callable | None:
     """`form(block, weights, *names)` for a plain function, or for a `partial` of one; `None` if it has none."""
+    options = {}
     if isinstance(function, partial) and not function.args:
-        form = _FUSED.get(function.func)
-        return None if form is None else partial(form, **function.keywords)
-    return _FUSED.get(function)
+        function, options = function.func, function.keywords
+    form = _FUSED.get(function) if isinstance(function, Hashable) else None
+    return partial(form, **options) if form is not None and options else form
 
 
 def plain_form(function: Callable) -> Callable:
@@ -220,12 +217,13 @@ def plain_form(function: Callable) -> Callable:
     """
 
     def form(block: Block, weights: _Weights, *names: str) -> torch.Tensor:
+        rows = len(next(iter(block.logits.values())))
         inputs = {name: block.labels if name == "labels" else block.logits[name].detach() for name in names}
         if weights is None:
-            return function(*(inputs[name] for name in names))
+            return _per_token(function, function(*(inputs[name] for name in names)), rows)
         leaves = {name: inputs[name].requires_grad_() for name in names if name in block.trained}
         with torch.enable_grad():
-            values = function(*(inputs[name] for name in names))
+            values = _per_token(function, function(*(inputs[name] for name in names)), rows)
         _refuse_other_leaves(function, values, leaves)
         if leaves and values.requires_grad:
             ones = torch.ones_like(values)
@@ -238,6 +236,15 @@ def plain_form(function: Callable) -> Callable:
         return values.detach()
 
     return form
+
+
+def _per_token(function: Callable, values: torch.Tensor, rows: int) -> torch.Tensor:
+    if values.shape != (rows,):
+        raise ValueError(
+            f"`{getattr(function, '__name__', function)}` returned shape {tuple(values.shape)} for {rows} tokens, but "
+            "each token has a weight of its own. Return one value per token, and reduce nothing."
+        )
+    return values
 
 
 def _refuse_other_leaves(function: Callable, values: torch.Tensor, leaves: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from trl_kd.losses.reduction import weighted_sum
 _CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 _MIN_ROWS, _MAX_ROWS = 128, 1024
 # Elements of a block: a handful of float32 buffers of this size stay in the cache of a CPU; elsewhere it bounds memory
-_BLOCK_NUMEL = {"cpu": 2**17, "cuda": 2**27}
+_BLOCK_NUMEL = {"cpu": 2**17, "cuda": 2**25}
 # Rows of a half-precision head whose gradient is added at a time
 _SLICE = 2**13
 
@@ -48,11 +49,12 @@ class Term:
             Plain per-token function of logits, such as `forward_kl`; takes what `inputs` names, returns `(n,)`. The
             functions of this package, and a `functools.partial` that fixes their options by name, have a fused form.
             Any other is differentiated by autograd, one block of rows after the other, which is slower; its gradient
-            may only flow to the logits. Both forms get logits in float32 (or float64).
+            may only flow to the logits, and it may be called twice on the same rows. Both forms get logits in float32
+            (or float64).
         inputs (`tuple[str, ...]`, *optional*, defaults to `("student", "teacher")`):
             Names of the pairs whose logits the function takes, in order. `"labels"` stands for the labels.
         weights (`torch.Tensor` of shape `(N,)`, *optional*):
-            Weight of each row in the loss. `None` for a metric: its values are returned, nothing is trained on it.
+            Constant weight of each row in the loss. `None` for a metric: its values are returned, it trains nothing.
     """
 
     function: Callable[..., torch.Tensor]
@@ -86,7 +88,7 @@ def linear_loss(
     Weighted sum of per-token objectives on the logits of several heads, in chunks of rows.
 
     Note:
-        The gradient exists when this returns, so `backward` must run at most once.
+        The gradient exists when this returns, so `backward` must run at most once, and has no derivative itself.
 
     Args:
         pairs (`dict[str, tuple[torch.Tensor, LMHead | None]]`):
@@ -105,7 +107,8 @@ def linear_loss(
         [`LinearLoss`]: the loss, and the detached per-row values.
 
     Raises:
-        ValueError: If the numbers of rows differ, or a function of the caller needs the gradient of something else.
+        ValueError: If a term takes what is not there, the numbers of rows differ, or a function of the caller does not
+            return one value per token or needs the gradient of something else.
 
     Examples:
 
@@ -118,7 +121,7 @@ def linear_loss(
     (tensor(0.), tensor([1.0986, 1.0986]))
     ```
     """
-    num_rows = _common_rows(pairs, terms, labels)
+    num_rows = _common_rows(pairs, terms, labels, chunk_size)
     used = {name for term in terms.values() for name in term.inputs} & set(pairs)
     weighted = {name for term in terms.values() if term.weights is not None for name in term.inputs}
     if not torch.is_grad_enabled():
@@ -136,7 +139,17 @@ def linear_loss(
     return LinearLoss(loss, run.values)
 
 
-def _common_rows(pairs: dict[str, tuple[torch.Tensor, Any]], terms: dict[str, Term], labels: Any) -> int:
+def _common_rows(pairs: dict[str, tuple[torch.Tensor, Any]], terms: dict[str, Term], labels: Any, size: Any) -> int:
+    """Number of rows; errors for calls that make no sense."""
+    known = {*pairs, *(() if labels is None else ("labels",))}
+    missing = sorted({name for term in terms.values() for name in term.inputs} - known)
+    if missing or not terms:
+        raise ValueError(
+            f"The terms {sorted(terms)} take {missing or 'nothing'}, but there are {sorted(known)}. A term computes "
+            "with what is there. Pass these pairs (and `labels`), or name others in `inputs`."
+        )
+    if size is not None and size < 1:
+        raise ValueError(f"`chunk_size` is {size}, but it is a number of rows. Set it to 1 or more, or leave it out.")
     rows = {name: hidden.shape[0] for name, (hidden, _) in pairs.items()}
     rows.update({name: term.weights.shape[0] for name, term in terms.items() if term.weights is not None})
     if labels is not None:
@@ -157,6 +170,7 @@ class _GradientInForward(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Taken, not kept: autograd can hand them on without a copy
         gradients, ctx.gradients = ctx.gradients, None
@@ -197,9 +211,10 @@ class _Head:
         for index, tensor in enumerate((self.hidden, self.weight, self.bias)):
             if needs[index]:
                 # Hidden states are done with their chunk; sums over chunks are float32 at least
-                is_sum = index > 0 and tensor.dtype.itemsize < 4
-                make = torch.empty_like if len(self.hidden) else torch.zeros_like
-                self.gradients[index] = make(tensor, dtype=torch.float32 if is_sum else tensor.dtype)
+                is_half_sum = index > 0 and tensor.dtype.itemsize < 4
+                is_written_first = len(self.hidden) > 0 and index < 2 and not is_half_sum
+                make = torch.empty_like if is_written_first else torch.zeros_like
+                self.gradients[index] = make(tensor, dtype=torch.float32 if is_half_sum else tensor.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,17 +247,23 @@ class _Head:
             of_hidden[rows] = gradient
         elif of_hidden is not None:
             torch.addmm(of_hidden[rows], gradient, self.weight, beta=0.0, alpha=self.scale, out=of_hidden[rows])
-        beta = 0.0 if rows.start == 0 else 1.0  # nothing is there yet
         if of_weight is not None and of_weight.dtype == gradient.dtype:
+            beta = 0.0 if rows.start == 0 else 1.0  # nothing is there yet
             torch.addmm(of_weight, gradient.T, states, beta=beta, alpha=self.scale, out=of_weight)
         elif of_weight is not None:
-            for start in range(0, len(of_weight), _SLICE):
-                part = slice(start, start + _SLICE)
-                product = (gradient[:, part].T @ states).to(of_weight.dtype)
-                torch.add(product * self.scale, of_weight[part] if beta else 0.0, out=of_weight[part])
+            self._add_half_products(of_weight, gradient, states)
         if of_bias is not None:
-            total = gradient.sum(dim=0, dtype=of_bias.dtype) * self.scale
-            torch.add(total, of_bias if beta else 0.0, out=of_bias)
+            of_bias.add_(gradient.sum(dim=0, dtype=of_bias.dtype), alpha=self.scale)
+
+    def _add_half_products(self, total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor) -> None:
+        """Add `gradient.T @ states` in half precision to a sum in float32, some rows of the head at a time."""
+        # A sum over rows may leave the range of float16, which ends at 65,504
+        shrink = 2.0 ** -math.ceil(math.log2(self.rows)) if gradient.dtype == torch.float16 else 1.0
+        for start in range(0, len(total), _SLICE):
+            part = slice(start, start + _SLICE)
+            out = states.new_empty(total[part].shape)
+            torch.addmm(out, gradient[:, part].T, states, beta=0.0, alpha=shrink, out=out)
+            total[part].add_(out, alpha=self.scale / shrink)
 
 
 def _product_dtype(hidden: torch.Tensor, head: Any | None) -> torch.dtype:
@@ -272,22 +293,25 @@ class _Run:
         self.heads = {name: _Head(hidden, head, self.size) for name, (hidden, head) in pairs.items()}
         is_double = any(head.dtype == torch.float64 for head in self.heads.values())
         self.dtype = torch.float64 if is_double else torch.float32
-        fused = {name: fused_form(term.function) for name, term in terms.items()}
-        self.forms = {name: form or plain_form(terms[name].function) for name, form in fused.items()}
+        self.fused = {name: fused_form(term.function) for name, term in terms.items()}
+        forms = {name: form or plain_form(terms[name].function) for name, form in self.fused.items()}
+        self.calls = {name: (form, terms[name].inputs) for name, form in forms.items()}
+        self.caps = {name: head.soft_cap for name, head in self.heads.items()}
         self.wants_gradient = torch.is_grad_enabled()
         self.values: dict[str, torch.Tensor] = {}
 
-        is_compiled = _can_compile(self.device) and None not in fused.values()
+        is_compiled = _can_compile(self.device) and None not in self.fused.values()
         self.evaluate = _compiled_evaluate() if is_compiled else _evaluate
         vocab_size = max(head.vocab_size for head in self.heads.values())
-        self.block_rows = max(1, _of(_BLOCK_NUMEL, self.device) // vocab_size)
+        most = max(1, _for_device(_BLOCK_NUMEL, self.device) // vocab_size)
+        self.block_rows = math.ceil(self.size / math.ceil(self.size / most))  # all about as large
         numel = 0 if is_compiled else min(self.block_rows, self.size) * vocab_size
         self.scratch = Scratch(numel, self.dtype, self.device)
 
     def check_terms(self) -> None:
         """Ask the plain functions whether they take these inputs and options, on no rows."""
-        for term in self.terms.values():
-            if fused_form(term.function) is not None:
+        for name, term in self.terms.items():
+            if self.fused[name] is not None:
                 sizes = {name: (0, self.heads[name].vocab_size) for name in term.inputs if name != "labels"}
                 term.function(
                     *(torch.zeros(sizes[n]) if n in sizes else torch.zeros(0, dtype=torch.long) for n in term.inputs)
@@ -318,7 +342,7 @@ class _Run:
         weights = {}
         for name, term in self.terms.items():
             # The caller's functions are asked in any case, since they may hold parameters
-            may_train = fused_form(term.function) is None or not set(trained).isdisjoint(term.inputs)
+            may_train = self.fused[name] is None or not set(trained).isdisjoint(term.inputs)
             if term.weights is not None and may_train and self.wants_gradient:
                 weights[name] = term.weights.detach().to(self.dtype)
         if not weights or not self.num_rows or all(self.heads[n].dtype != torch.float16 for n in trained):
@@ -334,12 +358,10 @@ class _Run:
             rows = slice(start, min(start + self.block_rows, chunk.stop))
             inside = slice(rows.start - chunk.start, rows.stop - chunk.start)
             logits = {name: head.logits[inside] for name, head in self.heads.items()}
-            caps = {name: head.soft_cap for name, head in self.heads.items()}
             labels = None if self.labels is None else self.labels[rows]
             block_weights = {name: part[rows] for name, part in weights.items()}
-            calls = {name: (form, self.terms[name].inputs) for name, form in self.forms.items()}
             self.scratch.restart()
-            values = self.evaluate(calls, logits, labels, block_weights, caps, trained, self.scratch)
+            values = self.evaluate(self.calls, logits, labels, block_weights, self.caps, trained, self.scratch)
             for name, value in values.items():
                 self.values[name][rows] = value
 
@@ -390,7 +412,16 @@ def _capped(logits: torch.Tensor, cap: float | None, scratch: Scratch) -> torch.
 
 @functools.cache
 def _compiled_evaluate() -> Callable:
-    return torch.compile(_evaluate)
+    return partial(_evaluate_with_any_rows, torch.compile(_evaluate))
+
+
+def _evaluate_with_any_rows(
+    compiled: Callable, calls: Any, logits: Any, labels: Any, weights: Any, *others: Any
+) -> Any:
+    """One graph for blocks of all sizes, where the compiler would make a special one for the first."""
+    for tensor in (*logits.values(), *weights.values(), *(() if labels is None else (labels,))):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return compiled(calls, logits, labels, weights, *others)
 
 
 def _can_compile(device: torch.device) -> bool:
@@ -400,11 +431,13 @@ def _can_compile(device: torch.device) -> bool:
 
 def default_chunk_size(pairs: dict[str, tuple[torch.Tensor, Any]], device: torch.device) -> int:
     """Rows of a chunk: what fits the budget, for the widest head."""
-    heads = [(hidden, head) for hidden, head in pairs.values() if head is not None]
-    size = max((len(head.weight) * _product_dtype(hidden, head).itemsize for hidden, head in heads), default=1)
-    return max(_MIN_ROWS, min(_MAX_ROWS, _of(_CHUNK_BYTES, device) // size))
+    size = max(
+        (hidden.shape[1] if head is None else len(head.weight)) * _product_dtype(hidden, head).itemsize
+        for hidden, head in pairs.values()
+    )
+    return max(_MIN_ROWS, min(_MAX_ROWS, _for_device(_CHUNK_BYTES, device) // size))
 
 
-def _of(table: dict[str, int], device: torch.device) -> int:
+def _for_device(table: dict[str, int], device: torch.device) -> int:
     """Entry of a kind of device; accelerators are alike."""
     return table["cpu" if device.type == "cpu" else "cuda"]

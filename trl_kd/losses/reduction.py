@@ -25,8 +25,12 @@ def weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     tensor(2.)
     ```
     """
-    counted = weights != 0
-    return (values[counted] * weights[counted].detach().to(values.dtype)).sum()
+    weights, counted = weights.detach().to(values.dtype), weights != 0
+    if values.requires_grad:
+        # Before anything else: zero times an infinite slope is NaN
+        return (values[counted] * weights[counted]).sum()
+    # The same without waiting for the device to count
+    return (torch.where(counted, values, 0.0) * weights).sum()
 
 
 def token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

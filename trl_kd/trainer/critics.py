@@ -229,6 +229,8 @@ class MomentCritics(AuxiliaryModules):
         parameters = [parameter for name in critics for parameter in self.modules[name].parameters()]
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
+                if parameter.grad is None:  # this rank has no tokens of the source
+                    parameter.grad = torch.zeros_like(parameter)
                 # The mean: row weights are times the number of ranks already
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))

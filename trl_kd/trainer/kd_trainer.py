@@ -220,7 +220,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         if counts is not None:
             # DDP averages gradients over ranks, and the counts are those of all ranks
             shares = tuple(share * self.accelerator.num_processes for share in shares)
-        hidden = last_hidden_states(student, **model_inputs(inputs))[:, :-1][selected.mask]
+        hidden = selected.of(last_hidden_states(student, **model_inputs(inputs)))
         head = LMHead.of(student).cut(self.vocab_size)
         pairs = {"student": (hidden, head), "teacher": (teacher_hidden, self.teacher.head)}
         found = inputs.get("step_values", {})

@@ -22,15 +22,12 @@ from trl_kd.modules import critic_features
 from trl_kd.trainer.tokens import TokenBatch
 
 
-def _scaled_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    return generalized_jsd(student_logits, teacher_logits) * (2.0 / math.log(2.0))
-
-
-# Per-token costs of a state. Twice the total variation and the scaled JSD lie in [0, 2], the reverse KL has no bound
-COSTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "total_variation": exact_moment,
-    "jsd": _scaled_jsd,
-    "reverse_kl": reverse_kl,
+# Per-token costs of a state, and factors on them. Twice the total variation and the scaled JSD lie in [0, 2], the
+# reverse KL has no bound
+COSTS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], float]] = {
+    "total_variation": (exact_moment, 1.0),
+    "jsd": (generalized_jsd, 2.0 / math.log(2.0)),
+    "reverse_kl": (reverse_kl, 1.0),
 }
 
 # Of generalised advantages with a value baseline
@@ -112,10 +109,12 @@ def later_advantages(
 
 
 def _measure(batch: TokenBatch, args: Any) -> dict[str, torch.Tensor]:
-    terms = {"cost": Term(COSTS[args.later_cost])}
+    cost, factor = COSTS[args.later_cost]
+    terms = {"cost": Term(cost)}
     if args.later_baseline == "value":
         terms |= {"student": Term(entropy, ("student",)), "teacher": Term(entropy, ("teacher",))}
-    return linear_loss(batch.pairs, terms, chunk_size=args.loss_chunk_size).values
+    values = linear_loss(batch.pairs, terms, chunk_size=args.loss_chunk_size).values
+    return values | {"cost": factor * values["cost"]}
 
 
 def _along_rollouts(values: torch.Tensor, batch: TokenBatch, gamma: float) -> torch.Tensor:

@@ -44,7 +44,7 @@ def teacher_states(trainer: Any, batch: dict[str, Any], selected: SelectedTokens
     if "teacher_hidden" in batch:
         return batch["teacher_hidden"]
     with trainer.accelerator.autocast():
-        return trainer.teacher.hidden_states(**model_inputs(batch))[:, :-1][selected.mask]
+        return selected.of(trainer.teacher.hidden_states(**model_inputs(batch)))
 
 
 def _read(trainer: Any, student: torch.nn.Module, batch: dict[str, Any]) -> TokenBatch:

@@ -70,12 +70,16 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class SelectedTokens:
-    """Where the trained tokens of a batch are: `mask` of shape (B, S - 1) over predicting positions, and per token."""
+    """The trained tokens of a batch: `rows`, their predicting positions in a flattened `(B, S)`, and what is known."""
 
-    mask: torch.Tensor
+    rows: torch.Tensor
     labels: torch.Tensor
     is_on_policy: torch.Tensor
     positions: torch.Tensor
+
+    def of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states `(B, S, H)` at the predicting positions, `(N, H)`."""
+        return hidden_states.flatten(0, 1).index_select(0, self.rows)
 
 
 def select_tokens(inputs: dict[str, torch.Tensor]) -> SelectedTokens:
@@ -88,7 +92,10 @@ def select_tokens(inputs: dict[str, torch.Tensor]) -> SelectedTokens:
         starts = inputs["position_ids"][:, 1:] == 0
         before = before - torch.where(starts, before + 1, 0).cummax(dim=1).values
     on_policy = inputs["is_on_policy"].unsqueeze(1).expand_as(mask)
-    return SelectedTokens(mask, labels[mask], on_policy[mask], before[mask])
+    # Asked once where they are: each boolean index would wait for the device
+    row, position = mask.nonzero(as_tuple=True)
+    rows = row * inputs["labels"].shape[1] + position
+    return SelectedTokens(rows, labels[row, position], on_policy[row, position], before[row, position])
 
 
 def model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
