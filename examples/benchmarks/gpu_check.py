@@ -5,8 +5,8 @@ Checks and times what needs a GPU, in one call.
 
 1. The gradients of every loss on a real vocabulary (151,936 tokens) against the plain form in float64.
 2. Time and peak memory in bfloat16 beside bare matrix products and TRL's losses, as `loss_bench.py` measures them.
-3. A few steps of AMMTrainer with rollouts on random models of that vocabulary, with LoRA and without, with each kind of
-   critic and the full on-policy gradient: time, memory.
+3. A few steps of AMMTrainer with rollouts on random models of that vocabulary, with LoRA and without, with each kind
+   of critic and the full on-policy gradient: time, memory.
 
 Stops where a gradient is wrong or a loss not finite.
 
