@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
@@ -133,6 +134,9 @@ def main(scenario: str, folder: Path) -> None:
             run(folder / "critics", resume=str(folder / "critics" / "checkpoint-3"), kind=CRITIC_KIND, **settings)
         )
     (folder / f"{scenario}-{reports[0]['rank']}.json").write_text(json.dumps(reports))
+    # An interpreter that ends while the other rank still talks to its threads may abort
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
