@@ -1,7 +1,7 @@
 """
 Checks and times what needs a GPU, in one call.
 
-    python examples/benchmarks/gpu_check.py --output_file gpu.json
+    python examples/benchmarks/gpu_check.py --tokenizer <folder> --output_file gpu.json
 
 1. The gradients of every loss on a real vocabulary (151,936 tokens) against the plain form in float64.
 2. Time and peak memory in bfloat16 beside bare matrix products and TRL's losses, as `loss_bench.py` measures them.

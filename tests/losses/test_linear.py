@@ -523,7 +523,8 @@ def test_linear_loss_holds_gradients_and_values_alone_until_backward(function):
         del result
         assert alive.bytes == gradients  # handed over, not copied
     finally:
-        gc.enable() if collecting else None
+        if collecting:
+            gc.enable()
 
 
 @pytest.mark.parametrize(("vocab_size", "expected"), [(150_000, 128), (40_000, 209), (5_000, 1024)])

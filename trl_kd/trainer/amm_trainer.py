@@ -212,6 +212,7 @@ class AMMTrainer(_KDTrainer):
         result = self._game(replace(tokens, pairs=tokens.pairs | {"critic": (states, head)}), terms)
         if rises:
             self._first_values[source].append(dict(result.values))
+            del result.values["critic_objective"]  # the ascent logs it
         # Share of the largest moment, 2 B TV, that this critic sees
         largest = 2 * self.args.critic_bound * result.values["total_variation"].sum()
         sums = self._sums["train" if self.model.training else "eval"]
@@ -246,7 +247,8 @@ class AMMTrainer(_KDTrainer):
         result = linear_loss(tokens.pairs, terms, tokens.labels, args.loss_chunk_size)
         # The gradient of these is meant, their value says nothing: the loss stays the moments'
         loss, values = result.loss, dict(result.values)
-        for name in {"later_states", "critic_objective"} & set(terms):
-            loss = loss - weighted_sum(values[name], terms[name].weights)
+        for name in ("later_states", "critic_objective"):  # always in this order: it is rounded
+            if name in terms:
+                loss = loss - weighted_sum(values[name], terms[name].weights)
         values.pop("later_states", None)
         return LinearLoss(loss, values)

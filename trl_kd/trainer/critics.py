@@ -161,11 +161,13 @@ class MomentCritics(AuxiliaryModules):
         rows = {name: [batch.of_source(name == "on_policy") for batch in tokens] for name in self.critics}
         critics = self._present(rows)
         embeddings = tokens[0].pairs["teacher"][1]
-        rows = {
-            name: [replace(b, pairs=b.pairs | {"features": (self.features(b), None)}) for b in batches]
-            for name, batches in rows.items()
-        }
-        if self.args.critic_steps > 1:
+        passes = self.args.critic_steps - (first_values is not None)
+        if passes > 0:
+            rows = {
+                name: [replace(b, pairs=b.pairs | {"features": (self.features(b), None)}) for b in batches]
+                for name, batches in rows.items()
+            }
+        if passes > 1:
             with self.accelerator.autocast():
                 rows = with_known_logits(rows, self.args.loss_chunk_size)
         report = {}
