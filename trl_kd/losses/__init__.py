@@ -9,10 +9,18 @@ from trl_kd.losses.divergences import (
     reverse_kl,
     skewed_forward_kl,
     skewed_reverse_kl,
+    top1_accuracy,
     top1_agreement,
     total_variation,
 )
-from trl_kd.losses.linear import LinearLoss, Term, linear_loss
+from trl_kd.losses.dual_space import (
+    student_space,
+    student_space_terms,
+    teacher_space,
+    teacher_space_terms,
+    universal_logit_distance,
+)
+from trl_kd.losses.linear import LinearLoss, Term, linear_loss, top1
 from trl_kd.losses.moments import (
     critic_objective,
     discount_weights,
@@ -50,8 +58,15 @@ __all__ = [
     "saturation",
     "skewed_forward_kl",
     "skewed_reverse_kl",
+    "student_space",
+    "student_space_terms",
+    "teacher_space",
+    "teacher_space_terms",
     "token_mean",
+    "top1",
+    "top1_accuracy",
     "top1_agreement",
     "total_variation",
+    "universal_logit_distance",
     "weighted_sum",
 ]

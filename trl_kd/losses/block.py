@@ -110,7 +110,7 @@ class Block:
     Args:
         logits (`dict[str, torch.Tensor]`):
             `(n, V)` by name, in float32 or float64.
-        labels (`torch.Tensor` of shape `(n,)`, *optional*):
+        labels (`dict[str, torch.Tensor]`):
             Next tokens.
         trained (`set[str]`):
             Names whose gradient is wanted.
@@ -123,7 +123,7 @@ class Block:
     def __init__(
         self,
         logits: dict[str, torch.Tensor],
-        labels: torch.Tensor | None,
+        labels: dict[str, torch.Tensor],
         trained: set[str],
         scratch: Scratch,
         is_careful: bool,

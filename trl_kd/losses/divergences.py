@@ -51,6 +51,14 @@ def _check_same_shape(student_logits: torch.Tensor, teacher_logits: torch.Tensor
         )
 
 
+def _check_labels(student_logits: torch.Tensor, labels: torch.Tensor) -> None:
+    if student_logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"`student_logits` has shape {tuple(student_logits.shape)} but `labels` has shape {tuple(labels.shape)}. "
+            "Each label needs one row of logits. Pass `labels` without the vocabulary dimension."
+        )
+
+
 def _check_head(head: float) -> None:
     """Refuse what is no mass."""
     if not 0.0 <= head <= 1.0:
@@ -412,11 +420,7 @@ def cross_entropy(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.T
     tensor([1.3863])
     ```
     """
-    if student_logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"`student_logits` has shape {tuple(student_logits.shape)} but `labels` has shape {tuple(labels.shape)}. "
-            "Each label needs one row of logits. Pass `labels` without the vocabulary dimension."
-        )
+    _check_labels(student_logits, labels)
     return -_log_probs(student_logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
@@ -472,3 +476,33 @@ def top1_agreement(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -
     chosen = student_logits.argmax(dim=-1, keepdim=True)
     agrees = teacher_logits.gather(-1, chosen).squeeze(-1) == teacher_logits.amax(dim=-1)
     return agrees.to(torch.promote_types(student_logits.dtype, torch.float32)).detach()
+
+
+def top1_accuracy(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    r"""
+    Whether a model finds the label most likely: a metric, without gradient.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised scores.
+        labels (`torch.Tensor` of shape `(...)`):
+            Token ids.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: 1 where the label is (one of) the most likely, else 0; in float32, or in
+        float64.
+
+    Raises:
+        ValueError: If the shapes do not match.
+
+    Examples:
+
+    ```python
+    >>> top1_accuracy(torch.tensor([[0.6, 0.4], [0.3, 0.7]]).log(), torch.tensor([0, 0]))
+    tensor([1., 0.])
+    ```
+    """
+    _check_labels(student_logits, labels)
+    chosen = student_logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    is_right = chosen == student_logits.amax(dim=-1)
+    return is_right.to(torch.promote_types(student_logits.dtype, torch.float32)).detach()

@@ -121,8 +121,8 @@ def _total_variation(
 def _cross_entropy(block: Block, weights: _Weights, student: str, labels: str) -> torch.Tensor:
     q = block.softmax(student)
     if weights is not None:
-        q.add_label_flow(block.labels, -weights)
-    return -q.log_probs.gather(1, block.labels.unsqueeze(1)).squeeze(1)
+        q.add_label_flow(block.labels[labels], -weights)
+    return -q.log_probs.gather(1, block.labels[labels].unsqueeze(1)).squeeze(1)
 
 
 def _entropy(block: Block, weights: _Weights, name: str) -> torch.Tensor:
@@ -137,6 +137,12 @@ def _top1_agreement(block: Block, weights: _Weights, student: str, teacher: str)
     chosen = block.logits[student].argmax(dim=1, keepdim=True)
     logits = block.logits[teacher]
     return (logits.gather(1, chosen).squeeze(1) == logits.amax(dim=1)).to(logits.dtype)
+
+
+def _top1_accuracy(block: Block, weights: _Weights, student: str, labels: str) -> torch.Tensor:
+    logits = block.logits[student]
+    chosen = logits.gather(1, block.labels[labels].unsqueeze(1)).squeeze(1)
+    return (chosen == logits.amax(dim=1)).to(logits.dtype)
 
 
 def _moment(block: Block, weights: _Weights, student: str, teacher: str, critic: str) -> torch.Tensor:
@@ -186,6 +192,7 @@ _FUSED: dict[Callable, Callable] = {
     divergences.total_variation: _total_variation,
     divergences.cross_entropy: _cross_entropy,
     divergences.entropy: _entropy,
+    divergences.top1_accuracy: _top1_accuracy,
     divergences.top1_agreement: _top1_agreement,
     moments.moment: _moment,
     moments.exact_moment: _exact_moment,
@@ -218,7 +225,7 @@ def plain_form(function: Callable) -> Callable:
 
     def form(block: Block, weights: _Weights, *names: str) -> torch.Tensor:
         rows = len(next(iter(block.logits.values())))
-        inputs = {name: block.labels if name == "labels" else block.logits[name].detach() for name in names}
+        inputs = {name: block.labels[name] if name in block.labels else block.logits[name].detach() for name in names}
         if weights is None:
             return _per_token(function, function(*(inputs[name] for name in names)), rows)
         leaves = {name: inputs[name].requires_grad_() for name in names if name in block.trained}

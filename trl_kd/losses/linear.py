@@ -52,7 +52,7 @@ class Term:
             may only flow to the logits, and it may be called twice on the same rows. Both forms get logits in float32
             (or float64).
         inputs (`tuple[str, ...]`, *optional*, defaults to `("student", "teacher")`):
-            Names of the pairs whose logits the function takes, in order. `"labels"` stands for the labels.
+            Names of the pairs whose logits the function takes, in order, and of labels (`"labels"`).
         weights (`torch.Tensor` of shape `(N,)`, *optional*):
             Constant weight of each row in the loss. `None` for a metric: its values are returned, it trains nothing.
     """
@@ -81,7 +81,7 @@ class LinearLoss:
 def linear_loss(
     pairs: dict[str, tuple[torch.Tensor, Any | None]],
     terms: dict[str, Term],
-    labels: torch.Tensor | None = None,
+    labels: torch.Tensor | dict[str, torch.Tensor] | None = None,
     chunk_size: int | None = None,
 ) -> LinearLoss:
     r"""
@@ -97,8 +97,8 @@ def linear_loss(
             (`None`), the states are logits already.
         terms (`dict[str, Term]`):
             Objectives and metrics by name.
-        labels (`torch.Tensor` of shape `(N,)`, *optional*):
-            Next tokens, for terms that take `"labels"`.
+        labels (`torch.Tensor` of shape `(N,)` or `dict` of them, *optional*):
+            Next tokens, for terms that take `"labels"`; several kinds of them by name.
         chunk_size (`int`, *optional*):
             Rows per chunk. By default 128, or as many (up to 1,024) as fit 32 MiB per model on a CPU, 512 MiB on a
             GPU.
@@ -121,6 +121,7 @@ def linear_loss(
     (tensor(0.), tensor([1.0986, 1.0986]))
     ```
     """
+    labels = labels if isinstance(labels, dict) else {} if labels is None else {"labels": labels}
     num_rows = _common_rows(pairs, terms, labels, chunk_size)
     used = {name for term in terms.values() for name in term.inputs} & set(pairs)
     weighted = {name for term in terms.values() if term.weights is not None for name in term.inputs}
@@ -139,9 +140,11 @@ def linear_loss(
     return LinearLoss(loss, run.values)
 
 
-def _common_rows(pairs: dict[str, tuple[torch.Tensor, Any]], terms: dict[str, Term], labels: Any, size: Any) -> int:
+def _common_rows(
+    pairs: dict[str, tuple[torch.Tensor, Any]], terms: dict[str, Term], labels: dict[str, torch.Tensor], size: Any
+) -> int:
     """Number of rows; errors for calls that make no sense."""
-    known = {*pairs, *(() if labels is None else ("labels",))}
+    known = {*pairs, *labels}
     missing = sorted({name for term in terms.values() for name in term.inputs} - known)
     if missing or not terms:
         raise ValueError(
@@ -152,8 +155,7 @@ def _common_rows(pairs: dict[str, tuple[torch.Tensor, Any]], terms: dict[str, Te
         raise ValueError(f"`chunk_size` is {size}, but it is a number of rows. Set it to 1 or more, or leave it out.")
     rows = {name: hidden.shape[0] for name, (hidden, _) in pairs.items()}
     rows.update({name: term.weights.shape[0] for name, term in terms.items() if term.weights is not None})
-    if labels is not None:
-        rows["labels"] = labels.shape[0]
+    rows.update({name: part.shape[0] for name, part in labels.items()})
     if len(set(rows.values())) > 1:
         raise ValueError(
             f"The numbers of rows differ: {rows}. Hidden states, labels and weights describe the same tokens. Select "
@@ -283,7 +285,7 @@ class _Run:
         self,
         pairs: dict[str, tuple[torch.Tensor, Any]],
         terms: dict[str, Term],
-        labels: torch.Tensor | None,
+        labels: dict[str, torch.Tensor],
         num_rows: int,
         chunk_size: int | None,
     ):
@@ -312,7 +314,7 @@ class _Run:
         """Ask the plain functions whether they take these inputs and options, on no rows."""
         for name, term in self.terms.items():
             if self.fused[name] is not None:
-                sizes = {name: (0, self.heads[name].vocab_size) for name in term.inputs if name != "labels"}
+                sizes = {name: (0, self.heads[name].vocab_size) for name in term.inputs if name in self.heads}
                 term.function(
                     *(torch.zeros(sizes[n]) if n in sizes else torch.zeros(0, dtype=torch.long) for n in term.inputs)
                 )
@@ -358,7 +360,7 @@ class _Run:
             rows = slice(start, min(start + self.block_rows, chunk.stop))
             inside = slice(rows.start - chunk.start, rows.stop - chunk.start)
             logits = {name: head.logits[inside] for name, head in self.heads.items()}
-            labels = None if self.labels is None else self.labels[rows]
+            labels = {name: part[rows] for name, part in self.labels.items()}
             block_weights = {name: part[rows] for name, part in weights.items()}
             self.scratch.restart()
             values = self.evaluate(self.calls, logits, labels, block_weights, self.caps, trained, self.scratch)
@@ -369,7 +371,7 @@ class _Run:
 def _evaluate(
     calls: dict[str, tuple[Callable, tuple[str, ...]]],
     logits: dict[str, torch.Tensor],
-    labels: torch.Tensor | None,
+    labels: dict[str, torch.Tensor],
     weights: dict[str, torch.Tensor],
     caps: dict[str, float | None],
     trained: list[str],
@@ -419,7 +421,7 @@ def _evaluate_with_any_rows(
     compiled: Callable, calls: Any, logits: Any, labels: Any, weights: Any, *others: Any
 ) -> Any:
     """One graph for blocks of all sizes, where the compiler would make a special one for the first."""
-    for tensor in (*logits.values(), *weights.values(), *(() if labels is None else (labels,))):
+    for tensor in (*logits.values(), *weights.values(), *labels.values()):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return compiled(calls, logits, labels, weights, *others)
 
@@ -427,6 +429,33 @@ def _evaluate_with_any_rows(
 def _can_compile(device: torch.device) -> bool:
     """Fused on a GPU; on a CPU, blocks in the cache do as well and need no compiler."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+@torch.no_grad()
+def top1(hidden: torch.Tensor, head: Any, chunk_size: int | None = None) -> torch.Tensor:
+    r"""
+    The most likely token of each row, in chunks of rows.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Hidden states.
+        head ([`~modules.LMHead`]):
+            Map from them to logits.
+        chunk_size (`int`, *optional*):
+            Rows per chunk, as in [`linear_loss`].
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: token ids; the first of those that are equally likely.
+
+    Examples:
+
+    ```python
+    >>> top1(torch.eye(2), LMHead(torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 3.0]])))
+    tensor([1, 2])
+    ```
+    """
+    size = chunk_size or default_chunk_size({"head": (hidden, head)}, hidden.device)
+    return torch.cat([head(part).argmax(dim=1) for part in hidden.split(size)])
 
 
 def default_chunk_size(pairs: dict[str, tuple[torch.Tensor, Any]], device: torch.device) -> int:

@@ -68,6 +68,16 @@ class LMHead:
         bias = None if self.bias is None else self.bias[:vocab_size]
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
+    def at(self, ids: torch.Tensor) -> "LMHead":
+        """The same head for some tokens only, as a copy: gradients reach the whole weight."""
+        bias = None if self.bias is None else self.bias[ids]
+        return replace(self, weight=self.weight[ids], bias=bias)
+
+    def tempered(self, temperature: float) -> "LMHead":
+        """The head whose logits are those of this one, divided by a temperature."""
+        soft_cap = None if self.soft_cap is None else self.soft_cap / temperature
+        return replace(self, scale=self.scale / temperature, soft_cap=soft_cap)
+
     def detach(self) -> "LMHead":
         """The same head without gradient."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
