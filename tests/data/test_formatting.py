@@ -484,7 +484,7 @@ def test_prepare_dataset_no_rows_raises(tokenizer):
 def test_prepare_dataset_tokenizer_without_eos_raises():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="The tokenizer has no EOS token, but.*Set `tokenizer.eos_token`"):
+    with pytest.raises(ValueError, match="The tokenizer has no EOS token, but.*Set its `eos_token`"):
         prepare([{"text": "a"}], tokenizer)
 
 
@@ -492,7 +492,7 @@ def test_prepare_dataset_tokenizer_without_eos_raises():
 def test_prepare_dataset_messages_without_chat_template_raise(data):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="holds messages, but the tokenizer has no chat template.*Set `tokenizer.ch"):
+    with pytest.raises(ValueError, match="holds messages, but the tokenizer has no chat template.*Set its `ch"):
         prepare([data], tokenizer)
 
 

@@ -10,11 +10,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from tests.tiny import make_model
-from trl_kd.data import KDCollator, rows_of
+from trl_kd.data import KDCollator, completed_row, rows_of
 from trl_kd.generation import (
     RolloutWriter,
     Sampling,
-    completed_row,
     distinct_n,
     draw_on_policy,
     generate_completions,

@@ -50,6 +50,18 @@ class KDCollator:
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
+    def prompt(self, row: dict[str, Any], writer: str) -> list[int]:
+        """Token ids that `writer` (`"student"` or `"teacher"`) is to continue."""
+        return row["input_ids"][: row["prompt_length"]]
+
+    def complete(self, row: dict[str, Any], completion: list[int], writer: str) -> dict[str, Any]:
+        """The row with another completion, in the tokens of its writer."""
+        return row | completed_row(self.prompt(row, writer), completion)
+
+    def rows_of(self, batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+        """Rows of a batch that this collator made, without their padding, as in [`rows_of`]."""
+        return rows_of(batch)
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "seq_lengths" in rows[0]:
             return self._collate_packed(rows)
@@ -83,6 +95,15 @@ class KDCollator:
             "prompt_length": torch.tensor([0]),
             "is_on_policy": torch.tensor([False]),
         }
+
+
+def completed_row(prompt: list[int], completion: list[int]) -> dict[str, Any]:
+    """A row as [`prepare_dataset`] makes it, from prompt and completion ids."""
+    return {
+        "input_ids": [*prompt, *completion],
+        "labels": [-100] * len(prompt) + list(completion),
+        "prompt_length": len(prompt),
+    }
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

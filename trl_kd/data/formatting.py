@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import takewhile
 from typing import Any
 
@@ -28,10 +28,10 @@ def _check_columns(row: dict[str, Any], text_field: str, name: str) -> None:
 
 
 def _training_template(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], assistant_only_loss: bool, name: str
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], assistant_only_loss: bool, name: str, owner: str
 ) -> str | None:
     """Template with generation markers if one is needed other than the tokenizer's own."""
-    is_conversation = "input_ids" not in row and ("messages" in row or isinstance(row.get("prompt"), list))
+    is_conversation = is_conversational(row)
     if assistant_only_loss and not is_conversation and "input_ids" not in row:
         raise ValueError(
             f"`assistant_only_loss` is True, but the {name} dataset holds text, in which no turns can be told apart. "
@@ -39,11 +39,46 @@ def _training_template(
         )
     if is_conversation and tokenizer.chat_template is None:
         raise ValueError(
-            f"The {name} dataset holds messages, but the tokenizer has no chat template to write them with. Set "
-            "`tokenizer.chat_template` (`chat_template_path` in the config), or pass `prompt` and `completion` as "
-            "text."
+            f"The {name} dataset holds messages, but the {owner} has no chat template to write them with. Set its "
+            "`chat_template` (the student's also by `chat_template_path` in the config), or pass `prompt` and "
+            "`completion` as text."
         )
     return get_training_chat_template(tokenizer) if assistant_only_loss and is_conversation else None
+
+
+def is_conversational(row: dict[str, Any]) -> bool:
+    """Whether a raw row holds messages, which a chat template has to write."""
+    return "input_ids" not in row and ("messages" in row or isinstance(row.get("prompt"), list))
+
+
+def row_formatter(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    eos_token_ids: Iterable[int],
+    text_field: str = "text",
+    assistant_only_loss: bool = False,
+    name: str = "train",
+    owner: str = "tokenizer",
+) -> RowFormatter:
+    """The function that tokenises rows like this one; arguments as in [`prepare_dataset`]. `owner` is for errors."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The {owner} has no EOS token, but a completion must end with one, or the student never learns to stop. "
+            "Set its `eos_token` (the student's also by `eos_token` in the config)."
+        )
+    _check_columns(row, text_field, name)
+    appended = takewhile(bool, reversed(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]))
+    return RowFormatter(
+        tokenizer=tokenizer,
+        eos_token_ids=frozenset(eos_token_ids) | {tokenizer.eos_token_id},
+        max_length=max_length,
+        text_field=text_field,
+        assistant_only_loss=assistant_only_loss,
+        training_template=_training_template(tokenizer, row, assistant_only_loss, name, owner),
+        num_appended=len(list(appended)),
+    )
 
 
 def prepare_dataset(
@@ -122,27 +157,32 @@ def prepare_dataset(
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError(f"The {name} dataset has no rows, so there is nothing to train on. Pass one that has.")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "The tokenizer has no EOS token, but a completion must end with one, or the student never learns to stop. "
-            "Set `tokenizer.eos_token` (`eos_token` in the config)."
-        )
-    _check_columns(first_row, text_field, name)
-    appended = takewhile(bool, reversed(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]))
-    formatter = RowFormatter(
-        tokenizer=tokenizer,
-        eos_token_ids=frozenset(eos_token_ids) | {tokenizer.eos_token_id},
+    formatter = row_formatter(
+        first_row,
+        tokenizer,
         max_length=max_length,
+        eos_token_ids=eos_token_ids,
         text_field=text_field,
         assistant_only_loss=assistant_only_loss,
-        training_template=_training_template(tokenizer, first_row, assistant_only_loss, name),
-        num_appended=len(list(appended)),
+        name=name,
     )
+    return map_rows(dataset, formatter, max_length, num_proc, name, f"Tokenizing {name} dataset")
+
+
+def map_rows(
+    dataset: Dataset | IterableDataset,
+    function: Callable[[dict[str, Any]], dict[str, Any]],
+    max_length: int | None,
+    num_proc: int | None,
+    name: str,
+    description: str,
+) -> Dataset | IterableDataset:
+    """Apply a function that says of each row why it has to be dropped (if so) and what was cut; drop, and warn."""
     if isinstance(dataset, IterableDataset):
         options = {"name": name, "max_length": max_length, "seen": set()}
-        dataset = dataset.map(formatter).filter(_keep_and_warn_once, fn_kwargs=options)
+        dataset = dataset.map(function).filter(_keep_and_warn_once, fn_kwargs=options)
     else:
-        dataset = dataset.map(formatter, num_proc=num_proc, desc=f"Tokenizing {name} dataset")
+        dataset = dataset.map(function, num_proc=num_proc, desc=description)
         dataset = _drop_and_warn(dataset, name, max_length, num_proc)
     return dataset.remove_columns([DROPPED, CUT])
 

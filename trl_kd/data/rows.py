@@ -118,7 +118,7 @@ class RowFormatter:
         is_conversation = isinstance(prompt, list)
         if "completion" not in row:
             text = self._render(row, {"prompt": prompt})["prompt"] if is_conversation else prompt
-            prompt_ids = self._encode_prompt(text, is_conversation)
+            prompt_ids = self.encode_prompt(text, is_conversation)
             return prompt_ids, [-100] * len(prompt_ids), len(prompt_ids)
         if _is_empty(completion):
             raise _RowDroppedError(EMPTY_COMPLETION)
@@ -167,11 +167,12 @@ class RowFormatter:
         return apply_chat_template(example, self.tokenizer, tools=options.pop("tools"), **options)
 
     def _join(self, prompt: str, completion: str, is_rendered: bool) -> tuple[list[int], list[int], int]:
-        prompt_ids = self._encode_prompt(prompt, is_rendered)
+        prompt_ids = self.encode_prompt(prompt, is_rendered)
         completion_ids = self._close(self._encode_after(prompt, prompt_ids, completion, is_rendered))
         return prompt_ids + completion_ids, [-100] * len(prompt_ids) + completion_ids, len(prompt_ids)
 
-    def _encode_prompt(self, prompt: str, is_rendered: bool) -> list[int]:
+    def encode_prompt(self, prompt: str, is_rendered: bool) -> list[int]:
+        """Ids of a prompt as a rollout starts from it."""
         prompt_ids = self._encode(prompt, is_rendered)
         if not prompt_ids:
             raise _RowDroppedError(EMPTY_PROMPT)
@@ -182,12 +183,16 @@ class RowFormatter:
         joint = self._encode(prompt + completion, is_rendered)
         if joint[: len(prompt_ids)] == prompt_ids:
             return joint[len(prompt_ids) :]
-        # The prompt's last token merges with the completion's first, so the completion is tokenised apart: behind a
-        # line break, because SentencePiece puts a space before a text that stands alone.
-        line_break, joint = self._encode("\n", is_rendered=True), self._encode("\n" + completion, is_rendered=True)
+        # The prompt's last token merges with the completion's first
+        return self.encode_continuation(completion)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that something precedes, tokenised apart from it."""
+        # Behind a line break, because SentencePiece puts a space before a text that stands alone
+        line_break, joint = self._encode("\n", is_rendered=True), self._encode("\n" + text, is_rendered=True)
         if joint[: len(line_break)] == line_break:
             return joint[len(line_break) :]
-        return self._encode(completion, is_rendered=True)
+        return self._encode(text, is_rendered=True)
 
     def _encode(self, text: str, is_rendered: bool = False) -> list[int]:
         """Ids of `text`, after the tokenizer's own BOS unless a chat template has written the special tokens."""

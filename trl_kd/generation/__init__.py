@@ -3,7 +3,6 @@
 from trl_kd.generation.rollouts import (
     RolloutWriter,
     Sampling,
-    completed_row,
     distinct_n,
     draw_on_policy,
     eos_token_ids,
@@ -15,7 +14,6 @@ from trl_kd.generation.rollouts import (
 __all__ = [
     "RolloutWriter",
     "Sampling",
-    "completed_row",
     "distinct_n",
     "draw_on_policy",
     "eos_token_ids",

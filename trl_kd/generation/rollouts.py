@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from trl_kd._compat import swapped_generation_config
-from trl_kd.data.collator import KDCollator, rows_of
+from trl_kd.data.collator import KDCollator
 
 
 # Writes one completion (token ids, EOS included) for each prompt, under a seed
@@ -245,6 +245,7 @@ class RolloutWriter:
         world_size: int = 1,
     ):
         self.collator = collator
+        self.row_format = collator if isinstance(collator, KDCollator) else KDCollator(0)
         self.lmbda = lmbda
         self.rewrite_off_policy = rewrite_off_policy
         self.seed = seed
@@ -279,16 +280,16 @@ class RolloutWriter:
         # The loader deals micro-batches out to the ranks in turn
         firsts = [sum(sizes[:i]) * self.world_size + self.rank * size for i, size in enumerate(sizes)]
         on_policies = [drawn[first : first + size] for first, size in zip(firsts, sizes, strict=True)]
-        rows = [rows_of(batch) for batch in batches]
+        rows = [self.row_format.rows_of(batch) for batch in batches]
         flat = list(zip(sum(rows, []), sum(on_policies, []), strict=True))
         by_student = [row for row, is_on_policy in flat if is_on_policy]
         by_teacher = [row for row, is_on_policy in flat if not is_on_policy and self._needs_teacher(row)]
         if self.lmbda > 0:
-            self._write(by_student, student, rollout_seed(self.seed, step, self.rank, 0), is_on_policy=True)
+            self._write(by_student, "student", student, rollout_seed(self.seed, step, self.rank, 0))
             self.last_prompts = [row["input_ids"][: row["prompt_length"]] for row in by_student]
             self.last_completions = [row["input_ids"][row["prompt_length"] :] for row in by_student]
         if by_teacher:
-            self._write(by_teacher, teacher, rollout_seed(self.seed, step, self.rank, 1), is_on_policy=False)
+            self._write(by_teacher, "teacher", teacher, rollout_seed(self.seed, step, self.rank, 1))
         written = {id(row) for row in by_student + by_teacher}
         return [
             self._collate(part, batch) if any(id(row) in written for row in part) else batch
@@ -298,21 +299,12 @@ class RolloutWriter:
     def _needs_teacher(self, row: dict[str, Any]) -> bool:
         return self.rewrite_off_policy or all(label == -100 for label in row["labels"])
 
-    def _write(self, rows: list[dict[str, Any]], writer: Writer, seed: int, is_on_policy: bool) -> None:
+    def _write(self, rows: list[dict[str, Any]], name: str, writer: Writer, seed: int) -> None:
         """Completions in place of those that the rows have."""
-        prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
-        for row, prompt, completion in zip(rows, prompts, writer(prompts, seed), strict=True):
-            row |= completed_row(prompt, completion) | {"is_on_policy": is_on_policy}
+        prompts = [self.row_format.prompt(row, name) for row in rows]
+        for row, completion in zip(rows, writer(prompts, seed), strict=True):
+            row |= self.row_format.complete(row, completion, name) | {"is_on_policy": name == "student"}
 
     def _collate(self, rows: list[dict[str, Any]], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         device = like["input_ids"].device
         return {name: tensor.to(device) for name, tensor in self.collator(rows).items()}
-
-
-def completed_row(prompt: list[int], completion: list[int]) -> dict[str, Any]:
-    """A row as `data/` makes it, from prompt and completion ids."""
-    return {
-        "input_ids": [*prompt, *completion],
-        "labels": [-100] * len(prompt) + list(completion),
-        "prompt_length": len(prompt),
-    }
