@@ -13,8 +13,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import make_model
-from trl_kd import AMMConfig, cli
+from tests.tiny import make_model, make_tokenizer
+from trl_kd import AMMConfig, DSKDConfig, cli
 from trl_kd.scripts import demo, generate, launch
 
 
@@ -203,6 +203,48 @@ def test_amm_example_file_has_known_options_only():
 
     known = {action.dest for action in make_parser()._actions}
     assert set(yaml.safe_load(EXAMPLE.read_text())) <= known
+
+
+# dskd
+
+
+DSKD_EXAMPLE = ROOT / "examples" / "configs" / "dskd_qwen_to_smollm.yaml"
+
+
+def test_dskd_example_file_has_known_options_only():
+    from trl_kd.scripts.dskd import make_parser
+
+    known = {action.dest for action in make_parser()._actions}
+    assert set(yaml.safe_load(DSKD_EXAMPLE.read_text())) <= known
+
+
+def test_dskd_help_is_complete(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["dskd", "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert [field.name for field in dataclasses.fields(DSKDConfig) if f"--{field.name}" not in shown] == []
+    assert "trl_kd.scripts.dskd" in shown
+
+
+def test_dskd_trains_the_example_file_across_tokenizers(student_path, tmp_path):
+    """The YAML with small values on top: messages, LoRA, another tokenizer and template on the teacher's side."""
+    tokenizer = make_tokenizer("Where does the red bird sleep? On a tree near the water. " * 3, vocab_size=330)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<turn>")
+    teacher = make_model("qwen2", len(tokenizer), hidden_size=48, seed=3, eos_token_id=tokenizer.eos_token_id)
+    for part in (teacher, tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    turns = [
+        {"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": "The fox. " * (i + 1)}]}
+        for i in range(8)
+    ]
+    Dataset.from_list(turns).to_json(tmp_path / "turns.jsonl")
+    local = amm_arguments(student_path, tmp_path / "teacher", tmp_path / "turns.jsonl", tmp_path / "out")
+    cli.main(["dskd", "--config", str(DSKD_EXAMPLE), *local[1:], "--gradient_accumulation_steps", "2"])
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+    assert not any("projector" in name or "teacher" in name for name in adapter)
+    assert "dual-space distillation" in (tmp_path / "out" / "README.md").read_text()
 
 
 # Launching

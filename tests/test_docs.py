@@ -1,5 +1,6 @@
 """The documentation says what is true: blocks that run, names that exist, and no public name left out."""
 
+import dataclasses
 import doctest
 import importlib
 import re
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny import make_model, make_tokenizer
 from tests.trainer.runs import config, logged, pair, tiny_dataset
-from trl_kd import losses
+from trl_kd import DSKDConfig, KDConfig, losses
 from trl_kd.modules import LMHead
+from trl_kd.trainer.dskd_config import PRESETS
 
 
 ROOT = Path(__file__).parents[1]
@@ -33,14 +36,32 @@ def test_extending_block_trains(tokenizer, tmp_path):
     assert trainer.evaluate(tiny_dataset(4))["eval_loss"] > 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/amm_trainer.md"])
+@pytest.fixture
+def other_teacher_path(tmp_path):
+    """A teacher with a vocabulary and a chat template of its own."""
+    tokenizer = make_tokenizer("Where does the red bird sleep? On a tree near the water. " * 3, vocab_size=330)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<turn>")
+    teacher = make_model("qwen2", len(tokenizer), hidden_size=48, seed=3, eos_token_id=tokenizer.eos_token_id)
+    for part in (teacher, tokenizer):
+        part.save_pretrained(tmp_path / "other teacher")
+    return str(tmp_path / "other teacher")
+
+
+@pytest.mark.parametrize(
+    ("page", "method"), [("README.md", "AMM"), ("docs/amm_trainer.md", "AMM"), ("docs/dskd_trainer.md", "DSKD")]
+)
 def test_example_of_a_page_trains_on_tiny_models(
-    page, conversational_dataset, student_path, teacher_path, tmp_path, monkeypatch
+    page, method, conversational_dataset, student_path, teacher_path, other_teacher_path, tmp_path, monkeypatch
 ):
-    """The block as it stands, but for the names of models, the size of the run and the 4 bits of the teacher."""
-    block = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S) if "AMMTr" in b)
+    """
+    The block as it stands, but for the names of models, the size of the run and the 4 bits of the teacher; DSKD's
+    across two tokenizers, as on its page.
+    """
+    teacher_path = other_teacher_path if method == "DSKD" else teacher_path
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+    block = next(block for block in blocks if f"{method}Trainer" in block)
     small = "max_steps=1, max_completion_length=4, per_device_train_batch_size=2, use_cpu=True, report_to=[], "
-    block = block.replace("AMMConfig(", f"AMMConfig({small}").replace('{"load_in_4bit": True}', "None")
+    block = block.replace(f"{method}Config(", f"{method}Config({small}").replace('{"load_in_4bit": True}', "None")
     block = re.sub(r'(?<!_)model="[^"]*"', f"model={student_path!r}", block)
     block = re.sub(r'teacher_model="[^"]*"', f"teacher_model={teacher_path!r}", block)
     monkeypatch.setattr("datasets.load_dataset", lambda name, split: conversational_dataset)
@@ -50,6 +71,24 @@ def test_example_of_a_page_trains_on_tiny_models(
     assert namespace["trainer"].state.global_step == 1
     trained = [name for name, p in namespace["trainer"].model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
+    assert getattr(namespace["trainer"], "is_dual", False) == (method == "DSKD")
+
+
+def test_options_of_dskd_are_on_its_page():
+    text = (ROOT / "docs" / "dskd_trainer.md").read_text()
+    shared = {field.name for field in dataclasses.fields(KDConfig)}
+    own = [field.name for field in dataclasses.fields(DSKDConfig) if field.name not in shared]
+    assert [name for name in own if not re.search(rf"`{name}\b", text)] == []
+
+
+def test_presets_of_dskd_are_those_of_the_table_on_its_page():
+    text = (ROOT / "docs" / "dskd_trainer.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+ \| .+) \| .*\|$", text[text.index("| field | `preset=") :], flags=re.M))
+    for number, decided in enumerate(PRESETS.values()):
+        for name, value in decided.items():
+            # The first word of the cell: what follows it are exceptions
+            assert rows[name].split(" | ")[number].split("`")[1].strip('"') == str(value), name
+    assert set().union(*PRESETS.values()) <= set(rows)
 
 
 @pytest.mark.parametrize("name", [name for name in losses.__all__ if name not in ("LinearLoss", "Term")])
@@ -81,9 +120,11 @@ def test_links_between_pages_exist(page):
 
 def test_paper_index_names_exist():
     text = (ROOT / "docs" / "paper_index.md").read_text()
-    names = set(re.findall(r"`(losses|modules)\.(\w+)`", text))
+    names = set(re.findall(r"`(losses|modules|data)\.(\w+)`", text))
     assert names
     for package, name in names:
         assert hasattr(importlib.import_module(f"trl_kd.{package}"), name), name
     for path in re.findall(r"`(tests/[\w/]+(?:\.py)?)/?`", text):
         assert (ROOT / path).exists(), path
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in tests] == []

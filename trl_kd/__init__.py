@@ -10,14 +10,18 @@ __version__ = "0.1.0.dev0"
 _MODULES = {
     "AMMConfig": "trl_kd.trainer.amm_config",
     "AMMTrainer": "trl_kd.trainer.amm_trainer",
+    "DSKDConfig": "trl_kd.trainer.dskd_config",
+    "DSKDTrainer": "trl_kd.trainer.dskd_trainer",
     "KDConfig": "trl_kd.trainer.kd_config",
 }
 
-__all__ = ["AMMConfig", "AMMTrainer", "KDConfig", "__version__"]
+__all__ = ["AMMConfig", "AMMTrainer", "DSKDConfig", "DSKDTrainer", "KDConfig", "__version__"]
 
 if TYPE_CHECKING:
     from trl_kd.trainer.amm_config import AMMConfig
     from trl_kd.trainer.amm_trainer import AMMTrainer
+    from trl_kd.trainer.dskd_config import DSKDConfig
+    from trl_kd.trainer.dskd_trainer import DSKDTrainer
     from trl_kd.trainer.kd_config import KDConfig
 
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 # Command -> what it does, in one line. The module is `trl_kd.scripts.<command>`.
 COMMANDS = {
     "amm": "distil a teacher into a student by adversarial moment matching",
+    "dskd": "distil a teacher into a student by dual-space distillation, also across tokenizers",
     "generate": "let a teacher write the completions for the prompts of a dataset",
     "demo": "see all of it on a CPU, offline, on a small teacher made on the spot",
 }
 # These go through `accelerate launch` when a launch argument is given.
-TRAINING_COMMANDS = ("amm",)
+TRAINING_COMMANDS = ("amm", "dskd")
 
 
 def make_parser() -> ArgumentParser:

@@ -9,7 +9,8 @@ in the same order and write completions of the same length, since EOS is suppres
 
 Each trainer runs its own `train()` in a thread of its own, and they take turns, one optimizer step at a time: a step
 is everything between the ends of two steps. The order alternates; the first step of each is not counted. Divergences
-with beta 0.5 and 1 are judged; ends with status 1 if a bar is missed.
+with beta 0.5 and 1 are judged, and dual-space distillation within one vocabulary; ends with status 1 if a bar is
+missed.
 """
 
 import argparse
@@ -35,13 +36,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import DistillationConfig, DistillationTrainer
 
 import trl_kd.trainer.kd_trainer as kd_trainer
-from trl_kd import AMMConfig, AMMTrainer, KDConfig
+from trl_kd import AMMConfig, AMMTrainer, DSKDConfig, DSKDTrainer, KDConfig
 from trl_kd.losses import LinearLoss, Term, generalized_jsd, linear_loss, reverse_kl
 from trl_kd.trainer.tokens import TokenBatch
 
 
 # Step time of ours / TRL's, by beta
 BARS = {0.5: 0.65, 1.0: 0.70}
+DSKD_BAR = 1.3
 EOS = 1
 # Timed in place, and put back
 LOSS = "_chunked_divergence_loss", trl_distillation._chunked_divergence_loss
@@ -99,7 +101,7 @@ def prompts_of(num_rows: int, longest: int, vocab_size: int) -> Dataset:
 
 
 def trainers_of(beta: float, args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """TRL's trainer, ours, and AMM's, each with models of its own."""
+    """TRL's trainer, ours, AMM's and DSKD's, each with models of its own."""
     torch.manual_seed(0)
     vocab_size = 512 if args.small else 32_000
     student = model(vocab_size, *((32, 2, 2, 64) if args.small else (288, 6, 6, 768)))
@@ -128,6 +130,8 @@ def trainers_of(beta: float, args: argparse.Namespace, folder: str) -> dict[str,
         "TRL": (DistillationTrainer, DistillationConfig(**options, beta=beta, shuffle_dataset=False)),
         "ours": (divergence, KDConfig(**ours)),
         "AMM": (AMMTrainer, AMMConfig(**ours)),
+        "DSKD v1": (DSKDTrainer, DSKDConfig(**ours, kd_rate=1.0, preset="v1")),
+        "DSKD v2": (DSKDTrainer, DSKDConfig(**ours, kd_rate=1.0, preset="v2")),
     }
     made = {}
     for name, (kind, config) in kinds.items():
@@ -318,6 +322,9 @@ def main() -> None:
         tabulate(beta, seconds, args)
         ratio = median_ratio(seconds["ours"]["step"], seconds["TRL"]["step"])
         verdicts.append(Verdict(f"step of ours / TRL's, beta {beta}", ratio, BARS[beta]))
+        for preset in ("DSKD v1", "DSKD v2"):
+            ratio = median_ratio(seconds[preset]["step"], seconds["TRL"]["step"])
+            verdicts.append(Verdict(f"step of {preset} / TRL's, beta {beta}", ratio, DSKD_BAR))
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": about, "seconds": report}, indent=2))
     judge(verdicts, args.markdown)

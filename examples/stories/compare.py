@@ -1,6 +1,6 @@
 """
-Compares AMM with other ways to spend the same tokens, and its critics and gradients with each other, over several
-seeds, on the pair of `distil.py`.
+Compares AMM and DSKD with other ways to spend the same tokens, and AMM's critics and gradients with each other, over
+several seeds, on the pair of `distil.py`.
 
     python examples/stories/compare.py --output_dir out/stories
     python examples/stories/compare.py --output_dir out/stories --methods "AMM" "AMM, full gradient"
@@ -19,7 +19,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,9 @@ from stories import (
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
-from trl_kd import AMMConfig, AMMTrainer, KDConfig
+from trl_kd import AMMConfig, AMMTrainer, DSKDConfig, DSKDTrainer, KDConfig
 from trl_kd.evaluation import FIDELITY_METRICS, format_metric
-from trl_kd.losses import LinearLoss, Term, forward_kl, generalized_jsd, linear_loss
+from trl_kd.losses import LinearLoss, Term, forward_kl, generalized_jsd, linear_loss, reverse_kl
 from trl_kd.modules import ValueHead
 from trl_kd.trainer.kd_trainer import _KDTrainer
 from trl_kd.trainer.tokens import TokenBatch
@@ -64,6 +64,12 @@ class JSDTrainer(ForwardKLTrainer):
     """The same with the Jensen-Shannon divergence."""
 
     divergence = staticmethod(generalized_jsd)
+
+
+class ReverseKLTrainer(ForwardKLTrainer):
+    """The same with KL(student || teacher)."""
+
+    divergence = staticmethod(reverse_kl)
 
 
 @dataclass
@@ -120,6 +126,11 @@ def run_learned(*arguments, **options) -> Any:
     return run_amm(*arguments, critic="value_head", **options)
 
 
+def run_dskd(preset: str, material: Material, arguments: dict[str, Any], lmbda: float = 0.0, **options) -> Any:
+    """Dual-space distillation, as the authors published it (v1) or with the changes of their second paper (v2)."""
+    return run_kd(DSKDTrainer, DSKDConfig, material, arguments, preset=preset, lmbda=lmbda, **options)
+
+
 def full(later_cost: str, later_weight: float = 0.3, **options) -> dict[str, Any]:
     """Options of AMM that also follows what a token does to the later states."""
     return {"on_policy_gradient": "full", "later_cost": later_cost, "later_weight": later_weight, **options}
@@ -150,7 +161,33 @@ METHODS: dict[str, Callable[[Material, dict[str, Any]], Any]] = {
     "AMM, full gradient, value": lambda *a: run_amm(*a, **full("total_variation", later_baseline="value")),
     "AMM, penalised": lambda *a: run_amm(*a, critic="exact_penalised"),
     "AMM, penalised, full gradient": lambda *a: run_amm(*a, **full("total_variation", critic="exact_penalised")),
+    "reverse KL": lambda *a: run_kd(ReverseKLTrainer, KDConfig, *a, lmbda=0.5),
+    "reverse KL, off-policy": lambda *a: run_kd(ReverseKLTrainer, KDConfig, *a, lmbda=0.0),
+    # Dual-space distillation: off-policy as in its papers, half on-policy, and with other divergences
+    "DSKD v1, off-policy": lambda *a: run_dskd("v1", *a),
+    "DSKD v2, off-policy": lambda *a: run_dskd("v2", *a),
+    "DSKD v1": lambda *a: run_dskd("v1", *a, lmbda=0.5),
+    "DSKD v2": lambda *a: run_dskd("v2", *a, lmbda=0.5),
+    "DSKD v1, off-policy, reverse KL": lambda *a: run_dskd("v1", *a, divergence="reverse_kl"),
+    "DSKD v2, off-policy, reverse KL": lambda *a: run_dskd("v2", *a, divergence="reverse_kl"),
+    "DSKD v2, off-policy, JSD": lambda *a: run_dskd("v2", *a, divergence="jsd"),
+    "DSKD v2, off-policy, adaptive KL": lambda *a: run_dskd("v2", *a, divergence="adaptive_kl"),
+    "DSKD v2, off-policy, total variation": lambda *a: run_dskd("v2", *a, divergence="total_variation"),
+    "DSKD v2, reverse KL": lambda *a: run_dskd("v2", *a, lmbda=0.5, divergence="reverse_kl"),
+    "DSKD v2, JSD": lambda *a: run_dskd("v2", *a, lmbda=0.5, divergence="jsd"),
 }
+
+
+# Pairs whose differences are shown, run by run of the same seed
+COMPARED = [
+    *(("AMM", method) for method in METHODS if method != "AMM" and not method.startswith("DSKD")),
+    *(
+        (f"DSKD {preset}, off-policy", method)
+        for preset in ("v1", "v2")
+        for method in ("SFT, teacher's texts", "SFT, stories", "forward KL, off-policy", "reverse KL, off-policy")
+    ),
+    *((f"DSKD {preset}", method) for preset in ("v1", "v2") for method in ("forward KL", "reverse KL")),
+]
 
 
 # Methods that are shown once more, at the entropy of another
@@ -159,6 +196,9 @@ SHARPENED = [
     ("JSD", "AMM"),
     ("AMM", "AMM, full gradient"),
     ("AMM", "AMM, full gradient, reverse KL, 0.1"),
+    ("SFT, teacher's texts", "DSKD v1, off-policy"),
+    ("SFT, teacher's texts", "DSKD v2, off-policy"),
+    ("forward KL, off-policy", "DSKD v2, off-policy"),
 ]
 
 
@@ -191,10 +231,10 @@ def critic_bytes(trainer: Any) -> int:
     return sum(module.num_bytes for module in trainer.auxiliary.modules.values() if isinstance(module, ValueHead))
 
 
-def summarise(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Rows of the table: mean and standard deviation over the seeds of a method, in the order of `METHODS`."""
+def summarise(results: dict[str, dict[str, float]], methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Rows of the table: mean and standard deviation over the seeds of a method, in the order of `methods`."""
     rows = {name: results[name] for name in ("teacher", "before") if name in results}
-    for method in [*METHODS, *(sharper(*pair) for pair in SHARPENED)]:
+    for method in methods:
         runs = [run for name, run in results.items() if name.startswith(f"{method} / ")]
         if len(runs) == 1:
             rows[method] = runs[0]
@@ -204,22 +244,18 @@ def summarise(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]
     return rows
 
 
-def differences(results: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """AMM minus each other method, run by run of the same seed: mean and standard deviation over the seeds."""
-    pairs = [("AMM", method) for method in METHODS if method != "AMM"]
-    pairs += [(example, sharper(method, example)) for method, example in SHARPENED]
-    rows = {f"{left} - {right}": difference(results, left, right) for left, right in pairs}
-    return {name: row for name, row in rows.items() if row}
-
-
-def difference(results: dict[str, dict[str, float]], left: str, right: str) -> dict[str, tuple[float, float]]:
-    """One method minus another over the seeds that both have; empty if these are less than two."""
-    seeds = [name.removeprefix(f"{left} / ") for name in results if name.startswith(f"{left} / ")]
-    pairs = [(results[f"{left} / {s}"], results[f"{right} / {s}"]) for s in seeds if f"{right} / {s}" in results]
-    if len(pairs) < 2:
-        return {}
-    values = {key: [one[key] - other[key] for one, other in pairs] for key in FIDELITY_METRICS}
-    return {key: (statistics.mean(v), statistics.stdev(v)) for key, v in values.items()}
+def differences(
+    results: dict[str, dict[str, float]], pairs: Iterable[tuple[str, str]], metrics: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """One method minus another, run by run of the same seed: mean and standard deviation over two seeds or more."""
+    rows = {}
+    for left, right in pairs:
+        seeds = [name.removeprefix(f"{left} / ") for name in results if name.startswith(f"{left} / ")]
+        runs = [(results[f"{left} / {s}"], results[f"{right} / {s}"]) for s in seeds if f"{right} / {s}" in results]
+        if len(runs) > 1:
+            values = {key: [one[key] - other[key] for one, other in runs] for key in metrics}
+            rows[f"{left} - {right}"] = {key: (statistics.mean(v), statistics.stdev(v)) for key, v in values.items()}
+    return rows
 
 
 def markdown(rows: dict[str, dict[str, Any]], columns: dict[str, str]) -> str:
@@ -277,12 +313,14 @@ def make_material(args: argparse.Namespace, teacher: PreTrainedModel, tokenizer:
 
 def write_table(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Both tables, to the terminal and to a file."""
-    against = differences(results["runs"])
+    sharpened = [(example, sharper(method, example)) for method, example in SHARPENED]
+    against = differences(results["runs"], COMPARED + sharpened, FIDELITY_METRICS)
     tokens = args.max_steps * 8 * COMPLETION_LENGTH
     text = f"Mean ± standard deviation over seeds; at most {tokens} trained tokens per run. "
     text += f"Settings: {results['settings']}.\n\n"
     costs = {"train_seconds": "seconds", "critic_bytes": "bytes of critics"}
-    text += markdown(summarise(results["runs"]), FIDELITY_METRICS | costs)
+    methods = [*METHODS, *(name for _, name in sharpened)]
+    text += markdown(summarise(results["runs"], methods), FIDELITY_METRICS | costs)
     if against:
         text += f"\nDifferences, paired by seed:\n\n{markdown(against, FIDELITY_METRICS)}"
     file = Path(args.output_dir) / "results.md"

@@ -32,123 +32,26 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-
-    from trl_kd import AMMConfig
-
-
-def main(
-    script_args: "ScriptArguments",
-    training_args: "AMMConfig",
-    model_args: "ModelConfig",
-    dataset_args: "DatasetMixtureConfig",
-) -> None:
-    """Train, save, and push to the Hub if asked to."""
-    from trl import get_peft_config, get_quantization_config
-
-    from trl_kd import AMMTrainer
-
-    set_model_init_kwargs(training_args, model_args)
-    train_dataset, eval_dataset = load_datasets(script_args, training_args, dataset_args)
-    trainer = AMMTrainer(
-        model=model_args.model_name_or_path,
-        teacher_model=training_args.teacher_model_name_or_path,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        # The student's: it must not be in `model_init_kwargs` too. The teacher has `teacher_model_init_kwargs`.
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.accelerator.print("Training completed.")
-
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
-
-    # Finishes the trackers and destroys the process group
-    trainer.end()
-
-
-def check_arguments(script_args, training_args, model_args, dataset_args) -> None:
-    """Refuse a command that names no student, no teacher, or not exactly one source of data."""
-    for name, value in (
-        ("model_name_or_path", model_args.model_name_or_path),
-        ("teacher_model_name_or_path", training_args.teacher_model_name_or_path),
-    ):
-        if value is None:
-            raise ValueError(f"`{name}` is not set, but distillation needs two models. Pass `--{name}`.")
-    if bool(script_args.dataset_name) == bool(dataset_args.datasets):
-        given = "both are set" if script_args.dataset_name else "neither is set"
-        raise ValueError(
-            f"Of `dataset_name` and `datasets`, {given}, but the training data comes from one place. Pass "
-            "`--dataset_name`, or list a mixture under `datasets` in the YAML file."
-        )
-
-
-def set_model_init_kwargs(training_args: "AMMConfig", model_args: "ModelConfig") -> None:
-    """
-    Hand the options of `ModelConfig` to the models; what `model_init_kwargs` say themselves wins.
-
-    `--dtype`, `--model_revision` and the quantisation are the student's. The teacher is never updated, so it is loaded
-    in the dtype of its checkpoint, and as a whole: `--teacher_model_init_kwargs` sets anything else.
-    """
-    shared = {"trust_remote_code": training_args.trust_remote_code}
-    if model_args.attn_implementation is not None:
-        shared["attn_implementation"] = model_args.attn_implementation
-    student = {"revision": model_args.model_revision, "dtype": model_args.dtype}
-    training_args.model_init_kwargs = {**shared, **student, **(training_args.model_init_kwargs or {})}
-    training_args.teacher_model_init_kwargs = {**shared, **(training_args.teacher_model_init_kwargs or {})}
-
-
-def load_datasets(script_args, training_args, dataset_args) -> tuple:
-    """The training split, and the evaluation split if the run evaluates."""
-    from trl import get_dataset
-
-    from trl_kd.scripts.arguments import load_splits, select_split
-
-    if dataset_args.datasets:
-        splits = get_dataset(dataset_args)
-    else:
-        splits = load_splits(
-            script_args.dataset_name, config=script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
-    train_dataset = select_split(splits, script_args.dataset_train_split, "dataset_train_split")
-    if training_args.eval_strategy == "no":
-        return train_dataset, None
-    return train_dataset, select_split(splits, script_args.dataset_test_split, "dataset_test_split")
+    from trl import TrlParser
 
 
 def make_parser(prog: str | None = None) -> "TrlParser":
     """Parser of every option of the script, the trainer, the models and the data."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-
     from trl_kd import AMMConfig
-    from trl_kd.scripts.arguments import HelpFormatter
-    from trl_kd.scripts.launch import LAUNCH_HELP
+    from trl_kd.scripts import training
 
-    return TrlParser(
-        (ScriptArguments, AMMConfig, ModelConfig, DatasetMixtureConfig),
-        prog=prog,
-        allow_abbrev=False,
-        # Argparse would print the several hundred options before every error message.
-        usage="%(prog)s [--config FILE.yaml] [options]",
-        description="Distil a teacher into a student by adversarial moment matching (AMM).\n\n"
-        "--config FILE.yaml sets any option; the command line wins. --dataset_name takes a Hub name, a local .jsonl,\n"
-        ".jsonl.gz, .json or .parquet file (its rows are the split `train`), or a folder with one file per split.",
-        epilog=LAUNCH_HELP,
-        formatter_class=HelpFormatter,
-    )
+    description = "Distil a teacher into a student by adversarial moment matching (AMM)."
+    return training.make_parser(AMMConfig, "trl_kd.scripts.amm", description, prog)
 
 
 def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse the command line and train."""
-    from trl_kd.scripts.arguments import parse_options
+    from trl_kd.scripts import training
 
-    main(*parse_options(make_parser(prog), arguments, check=check_arguments))
+    parsed = training.parse(make_parser(prog), arguments)
+    from trl_kd import AMMTrainer
+
+    training.train(AMMTrainer, *parsed)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,17 @@ LAUNCH_ARGUMENTS = {
     "main_process_port": "port on the machine of rank 0",
     "gpu_ids": "GPUs of this machine to use, separated by commas",
 }
-LAUNCH_HELP = (
-    "Several processes: with one of the following on the command line (not in the YAML file), the command goes\n"
-    "through `accelerate launch`.\n"
-    + "\n".join(f"  --{name}: {text}" for name, text in LAUNCH_ARGUMENTS.items())
-    + "\nWithout a GPU, `accelerate launch` starts one process whatever is asked; `torchrun --nproc_per_node 2 -m "
-    "trl_kd.scripts.amm` starts two."
-)
+
+
+def launch_help(module: str) -> str:
+    """What a training command's `--help` says about several processes; `module` is the command's."""
+    return (
+        "Several processes: with one of the following on the command line (not in the YAML file), the command goes\n"
+        "through `accelerate launch`.\n"
+        + "\n".join(f"  --{name}: {text}" for name, text in LAUNCH_ARGUMENTS.items())
+        + "\nWithout a GPU, `accelerate launch` starts one process whatever is asked; `torchrun --nproc_per_node 2 -m "
+        f"{module}` starts two."
+    )
 
 
 def split_launch_arguments(arguments: Sequence[str], prog: str) -> tuple[list[str], list[str]]:

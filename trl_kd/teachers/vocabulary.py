@@ -32,7 +32,7 @@ def shared_vocab_size(
     Raises:
         ValueError: If the tokenizers differ, or the heads differ and the teacher's tokenizer is unknown.
     """
-    advice = "Use a teacher with the student's tokenizer; DSKDTrainer, for different vocabularies, is planned."
+    advice = "Use a teacher with the student's tokenizer, or DSKDTrainer with `alignment='auto'`, which takes any."
     shared = min(student_size, teacher_size)
     student_vocab = student_tokenizer.get_vocab()
     if teacher_tokenizer is None:

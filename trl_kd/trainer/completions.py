@@ -10,7 +10,7 @@ from transformers.utils import is_rich_available, logging
 
 from trl_kd import _compat
 from trl_kd.data import has_completions
-from trl_kd.generation import completed_row, rollout_seed
+from trl_kd.generation import rollout_seed
 
 
 logger = logging.get_logger(__name__)
@@ -74,14 +74,16 @@ def with_teacher_completions(trainer: Any, dataset: Any) -> Any:
             "same. Pass a `Dataset`, or write the completions first with `trl-kd generate`."
         )
     logger.info(f"The teacher writes completions for the {len(dataset)} prompts of the evaluation data.")
+    collator = trainer.row_format
     size, rank = trainer.args.per_device_eval_batch_size, trainer.accelerator.process_index
     starts = list(range(0, len(dataset), size))[rank :: trainer.accelerator.num_processes]
     rows = []
     for start in tqdm(starts, desc="Teacher completions", disable=rank > 0 or trainer.args.disable_tqdm):
-        prompts = dataset[start : start + size]["input_ids"]
+        group = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
+        prompts = [collator.prompt(row, "teacher") for row in group]
         # Numbered apart from training steps, and equal for any number of processes
         written = trainer.write_with_teacher(prompts, rollout_seed(trainer.args.seed, -1, start))
-        rows += [(start + i, completed_row(*pair)) for i, pair in enumerate(zip(prompts, written, strict=True))]
+        completed = [collator.complete(row, text, "teacher") for row, text in zip(group, written, strict=True)]
+        rows += list(enumerate(completed, start))
     rows = [row for _, row in sorted(gather_object(rows), key=lambda item: item[0])]
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return Dataset.from_dict({name: dataset[name] for name in dataset.column_names if name not in columns} | columns)
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})

@@ -10,8 +10,8 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from trl_kd import _compat
-from trl_kd.data import KDCollator, has_completions
-from trl_kd.generation import RolloutWriter, Sampling, eos_token_ids
+from trl_kd.data import KDCollator
+from trl_kd.generation import Sampling, eos_token_ids
 from trl_kd.losses import LinearLoss
 from trl_kd.modules.lm_head import LMHead, check_head, last_hidden_states
 from trl_kd.teachers import shared_vocab_size
@@ -30,7 +30,7 @@ from trl_kd.trainer.tokens import (
     select_tokens,
     token_weights,
 )
-from trl_kd.trainer.writers import student_writer
+from trl_kd.trainer.writers import rollout_writer, student_writer
 
 
 class _KDTrainer(_compat.hooked_sft_trainer()):
@@ -69,11 +69,10 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         self.teacher = setup.own_teacher(teacher_model, args, model)
         source = setup.student_source(args)
         tokenizer = setup.own_tokenizer(processing_class, model, args, source)
-        # The teacher's too: it ends its completions its own way
-        ends = {*eos_token_ids(model, tokenizer, **source), *eos_token_ids(self.teacher.model, tokenizer)}
-        self.eos_token_ids = sorted(ends)
-        self.prepare_data = setup.dataset_preparer(args, tokenizer, self.eos_token_ids, formatting_func)
-        collator = data_collator or KDCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+        self.eos_token_ids = eos_token_ids(model, tokenizer, **source)
+        self.prepare_data, collator = self.set_up_text(args, tokenizer, formatting_func, train_dataset)
+        collator = data_collator or collator
+        self.row_format = collator if isinstance(collator, KDCollator) else KDCollator(tokenizer.pad_token_id)
         train_dataset = self.prepare_data(train_dataset, "train", is_training=True)
         eval_dataset = self.prepare_data(eval_dataset, "eval")
         with setup.prepared_elsewhere(args):
@@ -91,7 +90,9 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
                 **kwargs,
             )
         self._set_up_models()
-        self._set_up_rollouts(train_dataset, collator)
+        self.sampling = Sampling.of(self.args)
+        self.write_with_student = student_writer(self)
+        self.rollouts = rollout_writer(self, train_dataset, collator)
         self.auxiliary = self._auxiliary_class(self.auxiliary_modules(), self.args, self.accelerator)
         self.add_callback(StepHooks(self._before_optimizer_step))
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
@@ -104,6 +105,26 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     def token_loss(self, tokens: TokenBatch) -> LinearLoss:
         """Loss of the trained tokens of a micro-batch, weighted by `tokens.weights`, and the values to log."""
         raise NotImplementedError
+
+    def set_up_text(self, args: Any, tokenizer: Any, formatting_func: Any, train_dataset: Any) -> tuple:
+        """What prepares datasets, and what collates their rows; completes `eos_token_ids`."""
+        # The teacher's too: it ends its completions its own way
+        self.eos_token_ids = sorted({*self.eos_token_ids, *eos_token_ids(self.teacher.model, tokenizer)})
+        prepare = setup.dataset_preparer(args, tokenizer, self.eos_token_ids, formatting_func)
+        return prepare, KDCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+
+    def match_heads(self) -> tuple[int, int]:
+        """Sizes that the student's and the teacher's heads are cut to."""
+        sizes = self.model.get_output_embeddings().out_features, self.teacher.vocab_size
+        return (shared_vocab_size(*sizes, self.processing_class, self.teacher.tokenizer()),) * 2
+
+    def select(self, inputs: dict) -> SelectedTokens:
+        """The trained tokens of a batch."""
+        return select_tokens(inputs)
+
+    def read_teacher(self, inputs: dict, selected: SelectedTokens) -> torch.Tensor:
+        """The teacher's hidden states at the trained tokens, `(N, H_t)`."""
+        return selected.of(self.teacher.hidden_states(**model_inputs(inputs)))
 
     def auxiliary_modules(self) -> dict[str, nn.Module]:
         """Modules that are trained jointly with the student but are no part of it."""
@@ -126,30 +147,8 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         if not self.is_deepspeed_enabled:  # ZeRO-3 has sharded the student already
             with self.accelerator.autocast():  # some attention kernels take half dtypes only
                 check_head(self.model, "student")
-        self.vocab_size = shared_vocab_size(
-            self.model.get_output_embeddings().out_features,
-            self.teacher.vocab_size,
-            self.processing_class,
-            self.teacher.tokenizer(),
-        )
-        self.teacher.prepare(self.accelerator, self.vocab_size)
-
-    def _set_up_rollouts(self, train_dataset: Any, collator: Any) -> None:
-        args = self.args
-        self.sampling = Sampling.of(args)
-        self.write_with_student = student_writer(self)
-        complete = args.packing or has_completions(train_dataset)  # a packed row may begin with a prompt
-        writes = args.lmbda > 0 or args.off_policy_source == "teacher" or not complete
-        self.rollouts = None
-        if writes:
-            self.rollouts = RolloutWriter(
-                collator,
-                args.lmbda,
-                args.off_policy_source == "teacher",
-                args.seed,
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-            )
+        self.vocab_size, teacher_size = self.match_heads()
+        self.teacher.prepare(self.accelerator, teacher_size)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self.auxiliary.start(num_training_steps)
@@ -188,7 +187,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         student = self.accelerator.unwrap_model(model)
-        selected = select_tokens(inputs)
+        selected = self.select(inputs)
         teacher_hidden = teacher_states(self, inputs, selected)
 
         def student_loss() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

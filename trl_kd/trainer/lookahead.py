@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from trl_kd import _compat
-from trl_kd.trainer.tokens import SelectedTokens, TokenBatch, model_inputs, select_tokens
+from trl_kd.trainer.tokens import SelectedTokens, TokenBatch
 
 
 @torch.no_grad()
@@ -44,10 +44,10 @@ def teacher_states(trainer: Any, batch: dict[str, Any], selected: SelectedTokens
     if "teacher_hidden" in batch:
         return batch["teacher_hidden"]
     with trainer.accelerator.autocast():
-        return selected.of(trainer.teacher.hidden_states(**model_inputs(batch)))
+        return trainer.read_teacher(batch, selected)
 
 
 def _read(trainer: Any, student: torch.nn.Module, batch: dict[str, Any]) -> TokenBatch:
-    selected = select_tokens(batch)
+    selected = trainer.select(batch)
     arguments = (student, batch, selected, teacher_states(trainer, batch, selected))
     return _compat.run_inside_forward(trainer.model_wrapped, student, lambda: trainer.read_tokens(*arguments))

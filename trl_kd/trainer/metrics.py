@@ -19,7 +19,9 @@ class MetricSums:
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._weights[name] = self._weights[name] + weight if name in self._weights else weight
 
-    def add_by_source(self, values: dict[str, torch.Tensor], is_on_policy: torch.Tensor) -> None:
+    def add_by_source(
+        self, values: dict[str, torch.Tensor], is_on_policy: torch.Tensor, counted: torch.Tensor | None = None
+    ) -> None:
         r"""
         Add per-token values, apart for off- and on-policy tokens.
 
@@ -28,8 +30,11 @@ class MetricSums:
                 Values of shape `(N,)` by name.
             is_on_policy (`torch.Tensor` of shape `(N,)`):
                 Whether the student wrote the token.
+            counted (`torch.Tensor` of shape `(N,)`, *optional*):
+                Which tokens have these values. By default all.
         """
         for source, chosen in (("off_policy", ~is_on_policy), ("on_policy", is_on_policy)):
+            chosen = chosen if counted is None else chosen & counted
             count = chosen.sum()
             for name, value in values.items():
                 # `where` keeps shapes fixed: a boolean index would wait for the device

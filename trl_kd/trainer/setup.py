@@ -164,7 +164,11 @@ def own_tokenizer(
 
 
 def dataset_preparer(
-    args: KDConfig, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], formatting_func: Callable | None
+    args: KDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: list[int],
+    formatting_func: Callable | None,
+    add_columns: Callable[[Any, bool, str], Any] | None = None,
 ) -> Callable[[Any, str], Any]:
     r"""
     A function that formats, tokenises and checks a dataset (or a dictionary of them) by its name.
@@ -178,6 +182,8 @@ def dataset_preparer(
             Ids that end a completion.
         formatting_func (`Callable`, *optional*):
             Makes the text of a row.
+        add_columns (`Callable`, *optional*):
+            What else a row needs: takes the prepared dataset, whether it came as token ids, and its name.
 
     Returns:
         `Callable`
@@ -197,6 +203,7 @@ def dataset_preparer(
         if formatting_func is not None:
             dataset = dataset.map(lambda row: {args.dataset_text_field: formatting_func(row)})
         packing = args.packing if is_training or args.eval_packing is None else args.eval_packing
+        came_as_ids = "input_ids" in next(iter(dataset), {})
         # These strategies split what is too long, so nothing is cut before
         splits = packing and args.packing_strategy in ("bfd_split", "wrapped")
         dataset = prepare_dataset(
@@ -209,6 +216,8 @@ def dataset_preparer(
             num_proc=args.dataset_num_proc,
             name=name,
         )
+        if add_columns is not None:
+            dataset = add_columns(dataset, came_as_ids, name)
         if is_training:
             _check_rollouts_possible(dataset, args)
         if packing:

@@ -7,7 +7,8 @@ from accelerate.utils import gather_object
 from trl.models import unwrap_model_for_generation
 
 from trl_kd import _compat
-from trl_kd.generation.rollouts import Writer, cut_at_eos, forked_rng, generate_completions
+from trl_kd.data import has_completions
+from trl_kd.generation.rollouts import RolloutWriter, Writer, cut_at_eos, forked_rng, generate_completions
 
 
 def student_writer(trainer: Any) -> Writer:
@@ -22,6 +23,16 @@ def student_writer(trainer: Any) -> Writer:
         `Callable`: takes prompts and a seed, returns completions.
     """
     return VLLMWriter(trainer) if trainer.args.use_vllm else partial(_generate, trainer)
+
+
+def rollout_writer(trainer: Any, train_dataset: Any, collator: Any) -> RolloutWriter | None:
+    """What replaces rows of an optimizer step by rollouts; `None` if none ever is."""
+    args = trainer.args
+    complete = args.packing or has_completions(train_dataset)  # a packed row may begin with a prompt
+    if args.lmbda == 0 and args.off_policy_source != "teacher" and complete:
+        return None
+    ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    return RolloutWriter(collator, args.lmbda, args.off_policy_source == "teacher", args.seed, *ranks)
 
 
 def _generate(trainer: Any, prompts: list[list[int]], seed: int) -> list[list[int]]:
