@@ -10,11 +10,11 @@ import pytest
 import yaml
 from trl import SFTConfig, TrlParser
 
-from trl_kd import AMMConfig, KDConfig
+from trl_kd import AMMConfig, DSKDConfig, KDConfig
 from trl_kd.scripts.generate import GenerateArguments
 
 
-CONFIGS = [KDConfig, AMMConfig, GenerateArguments]
+CONFIGS = [KDConfig, AMMConfig, DSKDConfig, GenerateArguments]
 
 # field -> (text on the command line, value that is meant). A new field needs a line here.
 EXAMPLES = {
@@ -72,6 +72,32 @@ EXAMPLES = {
     "later_warmup_steps": ("0", 0),
     "sft_loss_weight": ("0.1", 0.1),
     "kl_loss_weight": ("0.5", 0.5),
+    "alignment": ("eta", "eta"),
+    "eta_pairs": ("context", "context"),
+    "min_coverage": ("0.2", 0.2),
+    "teacher_max_length": ("512", 512),
+    "objective": ("simple", "simple"),
+    "preset": ("v1", "v1"),
+    "kd_rate": ("0.7", 0.7),
+    "divergence": ("reverse_kl", "reverse_kl"),
+    "kd_temperature": ("1.0", 1.0),
+    "teacher_temperature": ("2.0", 2.0),
+    "skew": ("0.2", 0.2),
+    "adaptive_head": ("0.7", 0.7),
+    "student_space": ("false", False),
+    "teacher_space": ("false", False),
+    "teacher_space_divergence": ("jsd", "jsd"),
+    "teacher_space_denominator": ("teacher", "teacher"),
+    "projector_label": ("gold", "gold"),
+    "gate": ("none", "none"),
+    "gate_normalization": ("tokens", "tokens"),
+    "projector_init": ("random", "random"),
+    "projector_bias": ("true", True),
+    "student_to_teacher": ("learned", "learned"),
+    "init_vocab_size": ("20000", 20000),
+    "cma_norm_scope": ("padded", "padded"),
+    "projector_hidden_size": ("64", 64),
+    "projector_warmup_steps": ("10", 10),
     "dataset_name": ("prompts.jsonl", "prompts.jsonl"),
     "dataset_config": ("main", "main"),
     "dataset_split": ("test", "test"),
@@ -104,11 +130,6 @@ CASES = [
 def docstring_entry(config: type, name: str) -> tuple[str, str | None, str]:
     """Type, default (`None` where none is stated) and text of a field in the docstring of its class."""
     docstring = inspect.cleandoc(config.__doc__)
-    # As in TRL, a field that only gets another default is named in the note; its parent describes it.
-    changed = re.search(rf"- `{name}`: Defaults to `([^`]+)`", docstring)
-    if changed is not None:
-        type_name, _, text = docstring_entry(config.__mro__[1], name)
-        return type_name, changed[1], text
     lines = docstring.splitlines()
     pattern = re.compile(rf"( *){name} \(`([^`]+)`(?:, \*optional\*)?(?:, defaults to `([^`]+)`)?\):")
     for number, line in enumerate(lines):
@@ -118,6 +139,11 @@ def docstring_entry(config: type, name: str) -> tuple[str, str | None, str]:
         indent = " " * (len(match[1]) + 4)
         text = itertools.takewhile(lambda follower, indent=indent: follower.startswith(indent), lines[number + 1 :])
         return match[2], match[3], " ".join(part.strip() for part in text)
+    # As in TRL, a field that only gets another default is named in the note; its parent describes it.
+    changed = re.search(rf"- `{name}`: Defaults to `([^`]+)`", docstring)
+    if changed is not None:
+        type_name, _, text = docstring_entry(config.__mro__[1], name)
+        return type_name, changed[1], text
     raise AssertionError(f"The docstring of {config.__name__} has no entry of the form `{name} (`type`, ...):`")
 
 
@@ -212,7 +238,7 @@ def test_config_help_shows_every_field(config):
     assert not any(action.help is argparse.SUPPRESS for action in parser._actions)
 
 
-@pytest.mark.parametrize("config", [KDConfig, AMMConfig])
+@pytest.mark.parametrize("config", [KDConfig, AMMConfig, DSKDConfig])
 def test_config_docstring_note_names_changed_defaults(config):
     """A field that the parent has too, with another default, is named in the note."""
     parent = config.__mro__[1]
@@ -223,7 +249,7 @@ def test_config_docstring_note_names_changed_defaults(config):
             assert f"`{field.name}`" in note
 
 
-@pytest.mark.parametrize("config", [KDConfig, AMMConfig])
+@pytest.mark.parametrize("config", [KDConfig, AMMConfig, DSKDConfig])
 def test_config_docstring_has_no_entry_without_a_field(config):
     names = re.findall(r"^ +(\w+) \(`", config.__doc__, flags=re.MULTILINE)
     assert names and set(names) <= {field.name for field in dataclasses.fields(config)}

@@ -145,10 +145,10 @@ def literal(pieces, eos=("</s>",)):
     return tokens, [ids[piece.encode() if isinstance(piece, str) else piece] for piece in pieces]
 
 
-def pairs_of(student, teacher, **options):
+def pairs_of(student, teacher, eos=("</s>",), **options):
     """Pairs of two texts, each given as the pieces it is written with."""
-    (student, student_ids), (teacher, teacher_ids) = literal(student, **options), literal(teacher, **options)
-    return align(student, teacher, student_ids, teacher_ids).tolist()
+    (student, student_ids), (teacher, teacher_ids) = literal(student, eos), literal(teacher, eos)
+    return align(student, teacher, student_ids, teacher_ids, **options).tolist()
 
 
 def is_space(byte):
@@ -295,12 +295,16 @@ def test_token_bytes_sentencepiece_reads_marks_and_bytes(name, adds_space):
     assert tokens.adds_space is adds_space
 
 
-def test_token_bytes_byte_tokens_without_fallback_are_literal():
-    tokenizer = wrap(Tokenizer(models.BPE({"<0x0A>": 0, "▁a": 1}, [])))
-    tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
-    assert TokenBytes(tokenizer).table == [b"<0x0A>", b" a"]
-    tokenizer.backend_tokenizer.model.byte_fallback = True
-    assert TokenBytes(tokenizer).table == [b"\n", b" a"]
+def test_token_bytes_byte_tokens_are_literal_unless_model_or_decoder_fall_back():
+    def table(byte_fallback, decoder):
+        tokenizer = Tokenizer(models.BPE({"<0x0A>": 0, "▁a": 1, "<0x0A>a": 2}, [], byte_fallback=byte_fallback))
+        tokenizer.decoder = decoder
+        return TokenBytes(wrap(tokenizer)).table
+
+    with_fallback = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    assert table(False, decoders.Metaspace()) == [b"<0x0A>", b" a", b"<0x0A>a"]
+    assert table(True, decoders.Metaspace()) == [b"\n", b" a", b"<0x0A>a"]
+    assert table(False, with_fallback) == [b"\n", b" a", b"<0x0A>a"]
 
 
 def test_token_bytes_unigram_has_no_bytes_for_the_unknown_token():
@@ -634,6 +638,30 @@ def test_align_literal_texts_that_differ_give_the_pairs_worked_out(student, teac
     assert pairs_of(teacher, student) == [[j, i] for i, j in expected]
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        (["Hi", " there", "!"], ["H", "i", " there", "!"], [[0, 0], [1, 2], [2, 3]]),
+        (["ab", "c"], ["a", "bc"], [[0, 0]]),
+        (["a", " b", "c"], ["a", " ", "bc"], [[0, 0], [1, 1]]),
+        (["a", "\n\n", "b"], ["a", "\n", "\n", "b"], [[0, 0], [1, 1], [2, 3]]),
+        (["a", "\n", "\n", "b"], ["a", "\n\n", "b"], [[0, 0], [1, 1], [3, 2]]),
+        (["X", "a", "b", "c"], ["Y", "a", "b", "c"], [[2, 2], [3, 3]]),
+        (["a", "b"], ["a"], [[0, 0]]),
+        # An end meets an end, nothing else, and what follows it is no part of the text
+        (["a", "</s>"], ["a", "</s>"], [[0, 0], [1, 1]]),
+        (["a", "</s>"], ["a", "b"], [[0, 0]]),
+        (["a", "b"], ["a", "</s>"], [[0, 0]]),
+        (["a", "</s>", "\n"], ["a", "</s>", "\n"], [[0, 0], [1, 1]]),
+        (["a", "<s>", "b"], ["a", "<s>", "b"], [[0, 0], [2, 2]]),
+        ([], ["a"], []),
+        (["a"], [], []),
+    ],
+)
+def test_align_by_context_pairs_whatever_continues_the_same_text(student, teacher, expected):
+    assert pairs_of(student, teacher, by="context") == expected
+
+
 def test_align_unknown_ids_are_never_aligned():
     tokens, ids = literal(["a", " b"])
     unknown = len(tokens.table)
@@ -786,6 +814,21 @@ def test_align_random_special_tokens_agree_with_the_reference(student, teacher):
         text = "".join(rng.choices(["the", " fox", "\n", " ", "X"], k=rng.randint(0, 4)))
         ids, teacher_ids = encode(tokenizer, text), encode(teacher_tokenizer, text)
         check(tokens, teacher_tokens, strew(tokenizer, ids), strew(teacher_tokenizer, teacher_ids))
+
+
+@pytest.mark.parametrize(("student", "teacher"), product(["bytes", "other_bytes", "metaspace"], repeat=2))
+def test_align_by_context_agrees_with_a_loop_over_texts(student, teacher):
+    rng = random.Random(5)
+    (tokenizer, tokens), (teacher_tokenizer, teacher_tokens) = side(student), side(teacher)
+    for _ in range(40):
+        text = random_text(rng).replace("▁", "")
+        ids, teacher_ids = encode(tokenizer, text), encode(teacher_tokenizer, text)
+        before = [tokens.text(ids[:i]) for i in range(len(ids))]
+        teacher_before = [teacher_tokens.text(teacher_ids[:i]) for i in range(len(teacher_ids))]
+        expected = [[i, teacher_before.index(part)] for i, part in enumerate(before) if part in teacher_before]
+        assert align(tokens, teacher_tokens, ids, teacher_ids, by="context").tolist() == expected
+        both = align(tokens, teacher_tokens, ids, teacher_ids).tolist()
+        assert all(pair in expected for pair in both)
 
 
 def test_align_lowercasing_teacher_keeps_what_it_did_not_change():

@@ -8,8 +8,10 @@ from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.tiny import make_tokenizer
+from tests.trainer.dual import dual_pair, make_other_tokenizer, make_trainer, same_tokens
 from tests.trainer.runs import config, logged, pair
-from trl_kd import AMMTrainer
+from trl_kd import AMMTrainer, DSKDTrainer
 from trl_kd.losses import LinearLoss, Term, adaptive_kl, cross_entropy, forward_kl, linear_loss, top1_agreement
 from trl_kd.trainer.kd_trainer import _KDTrainer
 
@@ -24,11 +26,11 @@ WIDTHS = {"student": 32, "teacher": 48, "both": 80, "rank": 5}
 
 
 class LargestLogits(TorchDispatchMode):
-    """Most rows of `VOCAB_SIZE` numbers in any floating tensor that an operation makes, heads aside."""
+    """Most rows of a vocabulary's numbers in any floating tensor that an operation makes, heads aside."""
 
-    def __init__(self):
+    def __init__(self, *sizes):
         super().__init__()
-        self.rows = 0
+        self.rows, self.sizes = 0, sizes or (VOCAB_SIZE,)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
@@ -36,8 +38,9 @@ class LargestLogits(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 # What is stored: an expanded head has many rows in name only
                 stored = tensor.untyped_storage().nbytes() // tensor.element_size()
-                if stored and stored % VOCAB_SIZE == 0 and stored // VOCAB_SIZE not in WIDTHS.values():
-                    self.rows = max(self.rows, stored // VOCAB_SIZE)
+                for size in self.sizes:
+                    if stored and stored % size == 0 and stored // size not in WIDTHS.values():
+                        self.rows = max(self.rows, stored // size)
         return output
 
 
@@ -90,16 +93,15 @@ class MaterialisingBeside(DivergenceTrainer):
         return super().token_loss(tokens)
 
 
-def train(trainer_class, tokenizer, folder, **overrides):
-    """One optimizer step; the most rows of logits in any tensor, and the numbers of trained tokens."""
-    student, teacher = pair(tokenizer)
-    for model in (student, teacher):
-        model.resize_token_embeddings(VOCAB_SIZE)
+def long_rows():
     words = ["fox", "bird", "river", "sky", "grass", "apple", "forest", "fish"]
-    dataset = Dataset.from_list(
+    return Dataset.from_list(
         [{"prompt": f"What is the {words[i % 8]}", "completion": " The sky is blue" * 12} for i in range(16)]
     )
-    options = {
+
+
+def options_of_a_step():
+    return {
         "max_steps": 1,
         "per_device_train_batch_size": ROWS,
         "loss_chunk_size": CHUNK,
@@ -109,8 +111,15 @@ def train(trainer_class, tokenizer, folder, **overrides):
         "max_completion_length": LENGTH,
         "generation_kwargs": {"min_new_tokens": LENGTH},
     }
-    args = config(folder, **(options | overrides))
-    trainer = trainer_class(student, teacher, args, dataset, processing_class=tokenizer)
+
+
+def train(trainer_class, tokenizer, folder, **overrides):
+    """One optimizer step; the most rows of logits in any tensor, and the numbers of trained tokens."""
+    student, teacher = pair(tokenizer)
+    for model in (student, teacher):
+        model.resize_token_embeddings(VOCAB_SIZE)
+    args = config(folder, **(options_of_a_step() | overrides))
+    trainer = trainer_class(student, teacher, args, long_rows(), processing_class=tokenizer)
     counts, token_loss = [], trainer.token_loss
     trainer.token_loss = lambda tokens: (counts.append(len(tokens.labels)), token_loss(tokens))[1]
     with LargestLogits() as largest:
@@ -206,3 +215,74 @@ def test_training_that_makes_all_logits_is_seen(tokenizer, tmp_path, trainer_cla
 def test_training_in_one_chunk_is_seen(tokenizer, tmp_path, game):
     rows, counts = train(AMMTrainer, tokenizer, tmp_path, lmbda=0.0, loss_chunk_size=1000, **GAMES[game][0])
     assert rows == max(counts)
+
+
+# Two vocabularies and what they share, each of a size that is a prime
+TWO_SIZES, SHARED_SIZE = (VOCAB_SIZE, 281), 271
+CMA = {"alignment": "cma", "preset": "v1"}
+# Vocabularies, options, and the steps of gradient accumulation
+DUAL = {
+    "same_v1": (1, {"preset": "v1"}, 2),
+    "same_v2": (1, {"teacher_temperature": 2.0}, 1),
+    "same_v2_accumulated": (1, {"lmbda": 0.0}, 2),
+    "same_simple": (1, {"objective": "simple"}, 1),
+    "eta_v1": (2, {"alignment": "eta", "preset": "v1"}, 1),
+    "eta_v2": (2, {"alignment": "eta"}, 1),
+    "eta_v2_accumulated": (2, {"alignment": "eta"}, 2),
+    "eta_simple": (2, {"alignment": "eta", "objective": "simple"}, 1),
+    "eta_uld": (2, {"alignment": "eta", "objective": "uld"}, 1),
+    "cma_v1": (2, CMA, 1),
+    "cma_v1_padded_accumulated": (2, CMA | {"cma_norm_scope": "padded"}, 2),
+    "cma_v2": (2, {"alignment": "cma"}, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def two_tokenizers():
+    tokenizers = make_tokenizer(vocab_size=TWO_SIZES[0]), make_other_tokenizer(TWO_SIZES[1])
+    assert tuple(map(len, tokenizers)) == TWO_SIZES and len(same_tokens(*tokenizers)) == SHARED_SIZE
+    return tokenizers
+
+
+class MaterialisingTeacher(DSKDTrainer):
+    """All of the teacher's logits of a micro-batch, without gradient, beside a good loss."""
+
+    def token_loss(self, tokens):
+        hidden, head = tokens.pairs["teacher"]
+        head(hidden)
+        return super().token_loss(tokens)
+
+
+def train_dual(two_tokenizers, folder, case, trainer_class=DSKDTrainer, **overrides):
+    """As `train`; the numbers are of the teacher's trained tokens."""
+    vocabularies, options, steps = DUAL[case]
+    tokenizers = two_tokenizers if vocabularies == 2 else (two_tokenizers[0], two_tokenizers[0])
+    settings = options_of_a_step() | {"lmbda": 0.5, "gradient_accumulation_steps": steps} | options
+    trainer = make_trainer(
+        dual_pair(*tokenizers), tokenizers, folder, long_rows(), trainer_class=trainer_class, **(settings | overrides)
+    )
+    counts, token_loss = [], trainer.token_loss
+    trainer.token_loss = lambda tokens: (counts.append(len(tokens.pairs["teacher"][0])), token_loss(tokens))[1]
+    with LargestLogits(*TWO_SIZES, SHARED_SIZE) as largest:
+        trainer.train()
+    assert len(logged(trainer, "loss")) == 1 and len(counts) == steps
+    assert min(counts) >= 10 * CHUNK and min(counts) > max(WIDTHS.values())
+    return largest.rows, counts
+
+
+@pytest.mark.parametrize("case", DUAL)
+def test_training_in_two_spaces_makes_no_logits_of_all_tokens(two_tokenizers, tmp_path, case):
+    rows, _ = train_dual(two_tokenizers, tmp_path, case)
+    assert no_more_than(1, rows)
+
+
+@pytest.mark.parametrize("case", ["same_v2", "eta_v2", "cma_v1"])
+def test_training_in_two_spaces_that_makes_all_logits_is_seen(two_tokenizers, tmp_path, case):
+    rows, counts = train_dual(two_tokenizers, tmp_path, case, MaterialisingTeacher)
+    assert rows == max(counts)
+
+
+@pytest.mark.parametrize("case", ["eta_v2", "eta_simple", "cma_v1"])
+def test_training_in_two_spaces_in_one_chunk_is_seen(two_tokenizers, tmp_path, case):
+    rows, counts = train_dual(two_tokenizers, tmp_path, case, loss_chunk_size=1000)
+    assert rows > 5 * CHUNK

@@ -95,10 +95,13 @@ class TeacherRows:
             found = self._rewritten(row) | {DROPPED: ""}
         else:
             found = self.formatter({name: value for name, value in row.items() if name not in own})
+            if found[DROPPED]:
+                found[DROPPED] = f"on the teacher's side, {found[DROPPED]}"
         _forget_turns(found, len(stretches(np.asarray(row["labels"]))))
         prompt_length, length = found["prompt_length"], len(found["input_ids"])
         if row["prompt_length"] < len(row["input_ids"]):  # not a prompt alone
             length = prompt_length + self._shared(row, found)
+        whole = length
         if self.max_length is not None:
             length = min(length, self.max_length)
             if not found[DROPPED] and prompt_length >= self.max_length:
@@ -108,7 +111,7 @@ class TeacherRows:
             "teacher_labels": found["labels"][:length],
             "teacher_prompt_length": min(prompt_length, length),
             DROPPED: found[DROPPED],
-            CUT: 0,  # what is cut here was counted on the student's side
+            CUT: whole - length,  # what the student's side has lost was counted there
         }
 
     def _rewritten(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -176,18 +176,22 @@ def map_rows(
     num_proc: int | None,
     name: str,
     description: str,
+    option: str = "max_length",
 ) -> Dataset | IterableDataset:
-    """Apply a function that says of each row why it has to be dropped (if so) and what was cut; drop, and warn."""
+    """
+    Apply a function that says of each row why it has to be dropped (if so) and what was cut; drop, and warn. `option`
+    is the one that sets `max_length`.
+    """
     if isinstance(dataset, IterableDataset):
-        options = {"name": name, "max_length": max_length, "seen": set()}
+        options = {"name": name, "max_length": max_length, "option": option, "seen": set()}
         dataset = dataset.map(function).filter(_keep_and_warn_once, fn_kwargs=options)
     else:
         dataset = dataset.map(function, num_proc=num_proc, desc=description)
-        dataset = _drop_and_warn(dataset, name, max_length, num_proc)
+        dataset = _drop_and_warn(dataset, name, max_length, option, num_proc)
     return dataset.remove_columns([DROPPED, CUT])
 
 
-def _drop_and_warn(dataset: Dataset, name: str, max_length: int | None, num_proc: int | None) -> Dataset:
+def _drop_and_warn(dataset: Dataset, name: str, max_length: int | None, option: str, num_proc: int | None) -> Dataset:
     reasons = Counter(reason for reason in dataset[DROPPED] if reason)
     cuts = [cut for cut in dataset[CUT] if cut]
     dropped = f"{reasons.total()} of {len(dataset)} rows of the {name} dataset"
@@ -195,12 +199,12 @@ def _drop_and_warn(dataset: Dataset, name: str, max_length: int | None, num_proc
     limit = "no limit" if max_length is None else f"{max_length} tokens"
     if reasons.total() == len(dataset):
         raise ValueError(
-            f"{dropped} had to be dropped: {counts}. Nothing is left to train on. Raise `max_length` (now {limit}) "
+            f"{dropped} had to be dropped: {counts}. Nothing is left to train on. Raise `{option}` (now {limit}) "
             "or check what the columns hold."
         )
     if reasons:
         logger.warning(
-            f"{dropped} are dropped: {counts}. Raise `max_length` (now {limit}) or remove these rows to be rid of "
+            f"{dropped} are dropped: {counts}. Raise `{option}` (now {limit}) or remove these rows to be rid of "
             "this warning."
         )
         dataset = dataset.filter(
@@ -211,14 +215,14 @@ def _drop_and_warn(dataset: Dataset, name: str, max_length: int | None, num_proc
         )
     if cuts:
         logger.warning(
-            f"{len(cuts)} of {len(dataset)} rows of the {name} dataset are longer than `max_length` ({max_length} "
-            f"tokens) and lose their end with the EOS, {sum(cuts)} tokens in all. Raise `max_length` to train "
+            f"{len(cuts)} of {len(dataset)} rows of the {name} dataset are longer than `{option}` ({max_length} "
+            f"tokens) and lose their end with the EOS, {sum(cuts)} tokens in all. Raise `{option}` to train "
             "on whole completions."
         )
     return dataset
 
 
-def _keep_and_warn_once(row: dict[str, Any], name: str, max_length: int | None, seen: set[str]) -> bool:
+def _keep_and_warn_once(row: dict[str, Any], name: str, max_length: int | None, option: str, seen: set[str]) -> bool:
     reason = row[DROPPED]
     if reason and reason not in seen:
         seen.add(reason)
@@ -229,9 +233,9 @@ def _keep_and_warn_once(row: dict[str, Any], name: str, max_length: int | None, 
     if row[CUT] and CUT not in seen:
         seen.add(CUT)
         logger.warning(
-            f"A row of the {name} dataset is longer than `max_length` ({max_length} tokens) and loses its last "
+            f"A row of the {name} dataset is longer than `{option}` ({max_length} tokens) and loses its last "
             f"{row[CUT]} tokens with the EOS. More may follow without a message, since a stream can't be "
-            "counted beforehand. Raise `max_length` to train on whole completions."
+            f"counted beforehand. Raise `{option}` to train on whole completions."
         )
     return not reason
 

@@ -91,7 +91,8 @@ def eos_token_ids(model: Any, tokenizer: Any, **source: Any) -> list[int]:
         config = model.generation_config
     ids = config.eos_token_id
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return sorted({tokenizer.eos_token_id, *listed})
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return sorted({*own, *listed})
 
 
 def rollout_seed(*numbers: int) -> int:

@@ -29,6 +29,7 @@ from trl_kd.trainer.kd_trainer import _KDTrainer
 from trl_kd.trainer.lookahead import teacher_states
 from trl_kd.trainer.metrics import MetricSums
 from trl_kd.trainer.projection import Projection
+from trl_kd.trainer.projector_pretraining import pretrain_projector
 from trl_kd.trainer.tokens import TokenBatch, model_inputs, token_weights
 
 
@@ -102,6 +103,7 @@ class DSKDTrainer(_KDTrainer):
 
     def __init__(self, *arguments: Any, teacher_processing_class: Any = None, **kwargs: Any):
         self.teacher_processing_class = teacher_processing_class
+        self._pretraining_steps = 0
         super().__init__(*arguments, **kwargs)
         warn_of_settings(self.args)
         if self.projection is not None and self.args.student_space:
@@ -166,13 +168,23 @@ class DSKDTrainer(_KDTrainer):
         """The projectors, and cross-model attention."""
         self.projection = None
         if self.args.objective == "dual_space":
-            self.projection = Projection(self.args, self.model, self.teacher, self._student_head(), self.shared_ids)
+            self.projection = Projection(self.args, self.model, self.teacher, self.student_head(), self.shared_ids)
         self.look = Lookout(self.args, self.projection, self.teacher, self.to_student, self.accelerator)
         return {} if self.projection is None else self.projection.modules
 
-    def _student_head(self, detached: bool = True) -> LMHead:
+    def student_head(self, detached: bool = True) -> LMHead:
+        """The student's output head as it is now."""
         head = LMHead.of(self.accelerator.unwrap_model(self.model)).cut(self.vocab_size)
         return head.detach() if detached else head
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the base's; the projectors' schedule spans their steps before the first one of the student too."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self._pretraining_steps = 0
+        if self.projection is not None and self.args.student_space:
+            self._pretraining_steps = self.args.projector_pretraining_steps
+            self.auxiliary.start(num_training_steps + self._pretraining_steps)
+        return scheduler
 
     # One optimizer step
 
@@ -192,13 +204,16 @@ class DSKDTrainer(_KDTrainer):
     def get_batch_samples(self, *arguments: Any, **kwargs: Any) -> tuple[list, Any]:
         """As the base's; then a look at the teacher's side of the whole step."""
         self._head_may_have_changed()
+        if self.state.global_step == 0 and self._pretraining_steps:
+            pretrain_projector(self, self._pretraining_steps)
+            self._pretraining_steps = 0
         batches, count = super().get_batch_samples(*arguments, **kwargs)
         for batch in batches:
             batch["selected"] = self.select(batch)
             batch["teacher_hidden"] = teacher_states(self, batch, batch["selected"])
         if batches:
             with self.accelerator.autocast():
-                looks = self.look(batches, self._student_head(), is_step=True)
+                looks = self.look(batches, self.student_head(), is_step=True)
             for batch, look in zip(batches, looks, strict=True):
                 batch["look"] = look
         return batches, count
@@ -209,7 +224,7 @@ class DSKDTrainer(_KDTrainer):
         return super().evaluation_loop(*arguments, **kwargs)
 
     def _head_may_have_changed(self) -> None:
-        if self.projection is not None and self._student_head(detached=False).weight.requires_grad:
+        if self.projection is not None and self.student_head(detached=False).weight.requires_grad:
             self.projection.forget()
 
     def read_tokens(self, student: nn.Module, inputs: dict, selected: Any, teacher_hidden: torch.Tensor) -> DualTokens:
@@ -284,7 +299,7 @@ class DSKDTrainer(_KDTrainer):
             is_tempered=is_tempered,
             ce_weights=ce_weights,
             projector_weights=self._weights(is_on_policy, look, "labelled") * look.is_labelled,
-            kd_weights=self._weights(is_on_policy, look, "taught") * (look.gate & self._teaches),
+            kd_weights=self._weights(is_on_policy, look, "taught") * look.gate,
         )
         result = linear_loss(pairs, terms, labels, args.loss_chunk_size)
         shown = {name: result.values[name] for name in ("projector_ce", "projector_agreement", "student_agreement")}
@@ -337,10 +352,6 @@ class DSKDTrainer(_KDTrainer):
         """Shares in the distillation part of the loss: each source over its own tokens of the step, then mixed."""
         mixed, _ = token_weights(is_on_policy, look.counts[name], self.args.on_policy_weight)
         return mixed * (look.ranks * self.args.kd_rate)
-
-    @property
-    def _teaches(self) -> bool:
-        return self.state.global_step >= self.args.projector_warmup_steps or not self.model.training
 
     @property
     def _sums_now(self) -> MetricSums:

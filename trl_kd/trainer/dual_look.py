@@ -60,7 +60,7 @@ class Lookout:
             looks = self._with_scales(batches, looks, is_step)
         if self.teaches and self.args.gate == "agreement":
             looks = [
-                replace(look, gate=look.is_labelled & (self._projected_top1(batch, look, head) == look.labels))
+                replace(look, gate=self._gate(look, self._projected_top1(batch, look, head)))
                 for batch, look in zip(batches, looks, strict=True)
             ]
         counts = [self._counts(batch["selected"], look) for batch, look in zip(batches, looks, strict=True)]
@@ -106,13 +106,13 @@ class Lookout:
         scales = scales_of(self._over_ranks(torch.stack(sums).sum(dim=0), is_step))
         return [replace(look, scales=scales) for look in looks]
 
+    def _gate(self, look: Look, projected_top1: torch.Tensor) -> torch.Tensor:
+        agrees = look.is_labelled & (projected_top1 == look.labels)
+        # Partners by context have no label on rollouts, and none to be judged by
+        return agrees | ~look.is_labelled if self.args.eta_pairs == "context" else agrees
+
     def _projected_top1(self, batch: dict[str, Any], look: Look, head: LMHead) -> torch.Tensor:
-        selected, hidden = batch["selected"], batch["teacher_hidden"]
-        if selected.attends:
-            nothing = hidden.new_zeros(len(selected.labels), 0)
-            projected, _ = self.projection.attend(selected, hidden, nothing, look)
-        else:
-            projected = self.projection.into_student(selected.partners(hidden))
+        projected = self.projection.teacher_in_student(batch["selected"], batch["teacher_hidden"], look)
         return top1(projected, head, self.args.loss_chunk_size)
 
     def _counts(self, selected: DualSelection, look: Look) -> torch.Tensor:

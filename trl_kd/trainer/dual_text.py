@@ -115,10 +115,11 @@ def dual_text(
         raw = row if came_as_ids else {column: value for column, value in row.items() if column not in own}
         rows = TeacherRows(*sides, came_as_ids, longest, formatters(raw, name)[1])
         num_proc = None if isinstance(prepared, IterableDataset) else args.dataset_num_proc
-        return map_rows(prepared, rows, longest, num_proc, name, f"Tokenizing {name} dataset for the teacher")
+        description = f"Tokenizing {name} dataset for the teacher"
+        return map_rows(prepared, rows, longest, num_proc, name, description, "teacher_max_length")
 
     prepare = setup.dataset_preparer(args, tokenizer, student_ends, formatting_func, add_teacher)
-    by = "index" if args.objective == "uld" else args.eta_pairs
+    by = "index" if args.objective == "uld" else args.decided("eta_pairs")
     return prepare, DualCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, *sides, by)
 
 
@@ -142,6 +143,9 @@ def choose_alignment(args: Any, dataset: Any, collator: DualCollator) -> str:
     """
     share = coverage(islice(dataset, _SAMPLE), collator)
     told = f"exact alignment reaches {share:.0%} of the student's tokens"
+    if collator.by == "index":
+        logger.info("The vocabularies differ; tokens are compared by their number in the completion.")
+        return "eta"
     if args.alignment == "cma":
         logger.info(f"The vocabularies differ; {told}. Cross-model attention is used, as asked for.")
         return "cma"

@@ -91,6 +91,12 @@ class Projection:
                 return F.linear(states.to(self._map[0].dtype), *self._map)
         return _project(self.modules["student_to_teacher"], states)
 
+    def teacher_in_student(self, selected: DualSelection, hidden: torch.Tensor, look: Look) -> torch.Tensor:
+        """h^{t->s} at the student's tokens that meet the teacher's, without the student."""
+        if not selected.attends:
+            return self.into_student(selected.met_teacher(hidden))
+        return self.attend(selected, hidden, hidden.new_zeros(len(selected.labels), 0), look)[0]
+
     def forget(self) -> None:
         """Find what the student's head implies anew, when it is next needed: the head may have changed."""
         self._map = None
