@@ -144,15 +144,23 @@ METHODS: dict[str, Callable[[Material, dict[str, Any]], Any]] = {
     ),
     "GOLD, not hybrid": lambda *a: run_gold(*a),
     "GOLD, by position": lambda *a: run_gold(*a, **HYBRID, byte_level=False),
+    # Off-policy as in the papers: v2 with exact alignment, v1 with cross-model attention, and two baselines
     "DSKD, eta": lambda *a: run_dskd(*a, alignment="eta"),
-    "DSKD, cma": lambda *a: run_dskd(*a, alignment="cma"),
+    "DSKD, cma": lambda *a: run_dskd(*a, alignment="cma", preset="v1"),
     "DSKD, simple": lambda *a: run_dskd(*a, objective="simple"),
     "DSKD, uld": lambda *a: run_dskd(*a, objective="uld"),
-    "DSKD, eta, half on-policy": lambda *a: run_dskd(*a, alignment="eta", lmbda=0.5),
+    # Ours: partners by context, and what becomes of it with one setting changed
+    "DSKD, context": lambda *a: run_dskd(*a, preset="context"),
+    "DSKD, context, total variation": lambda *a: run_dskd(*a, preset="context", divergence="total_variation"),
+    "DSKD, context, kd_rate 0.8": lambda *a: run_dskd(*a, preset="context", kd_rate=0.8),
+    "DSKD, context, not pretrained": lambda *a: run_dskd(*a, preset="context", projector_pretraining_steps=0),
+    "DSKD, context, linear": lambda *a: run_dskd(*a, preset="context", projector_hidden_size=0),
+    "DSKD, context, half on-policy": lambda *a: run_dskd(*a, preset="context", lmbda=0.5),
+    "DSKD, eta, reverse KL": lambda *a: run_dskd(*a, alignment="eta", divergence="reverse_kl", kd_temperature=1.0),
 }
 
 # Methods that are shown once more, at the entropy of another
-SHARPENED = [("SFT, teacher's texts", "DSKD, eta"), ("SFT, teacher's texts", "DSKD, cma")]
+SHARPENED = [("SFT, teacher's texts", "DSKD, eta"), ("SFT, teacher's texts", "DSKD, context")]
 
 # Pairs whose differences are shown, run by run of the same seed
 COMPARED = [(method, "SFT, teacher's texts") for method in METHODS if method != "SFT, teacher's texts"]

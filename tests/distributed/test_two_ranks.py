@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.worker import CRITIC_NUMBERS, GAMES, NUMBERS, VLLM_RUNS
+from tests.distributed.worker import CRITIC_NUMBERS, DUAL_NUMBERS, DUAL_RUNS, GAMES, NUMBERS, VLLM_RUNS, run_dual
 from tests.trainer.runs import ProjectingTrainer, config, logged, pair, tiny_dataset
 from trl_kd import AMMTrainer
 
@@ -57,6 +57,18 @@ def test_two_ranks_with_critics_have_the_gradient_norm_of_one(tokenizer, tmp_pat
         rounding = 3e-5 if name == "loss" else 1e-7
         assert len(expected) == 2 and ranks[0][name] == pytest.approx(expected, rel=1e-5, abs=rounding), name
     assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+def test_two_ranks_in_two_spaces_have_the_gradient_norm_of_one(tmp_path):
+    first, second = launch("dual", tmp_path)
+    for options, report, other in zip(DUAL_RUNS, first, second, strict=True):
+        whole = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+        one = run_dual(tmp_path / "one", **(options | whole))
+        for name in DUAL_NUMBERS:
+            # Rounding is another, and grows from step to step
+            assert len(one[name]) >= 3 and report[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name
+        assert any(0 < share < 1 for share in one["kd/off_policy/gate"])
+        assert report["weights"] == other["weights"]
 
 
 def test_two_ranks_stay_equal_and_resume_to_the_same_bits(tmp_path):

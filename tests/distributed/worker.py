@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from tests import conftest  # noqa: F401  (environment and threads)
 from tests.tiny import make_tokenizer
+from tests.trainer.dual import dual_pair, make_other_tokenizer, make_trainer, short_rows
 from tests.trainer.runs import ProjectingTrainer, config, logged, pair, state_of, tiny_dataset
 from tests.vllm import install
-from trl_kd import AMMTrainer
+from trl_kd import AMMTrainer, DSKDTrainer
 
 
 NUMBERS = ["loss", "grad_norm", "kd/aux_grad_norm", "kd/on_policy/completion_length"]
@@ -48,6 +49,21 @@ GAMES = [
     CRITICS | {"critic_order": "after", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
 ]
 CRITIC_KIND = (AMMTrainer, CRITIC_NUMBERS)
+DUAL_NUMBERS = ["loss", "grad_norm", "kd/aux_grad_norm", "kd/aligned_share"]
+DUAL_NUMBERS += [
+    f"kd/{source}/{name}"
+    for source in ("off_policy", "on_policy")
+    for name in ("tokens", "student_ce", "projector_ce", "student_space_kd", "teacher_space_kd", "gate")
+]
+# Gates are divided by their number over ranks, and sizes of keys and values are those of all ranks
+DUAL = {"lmbda": 0.5, "temperature": 0.0, "learning_rate": 1e-3, "aux_learning_rate": 0.03, "max_steps": 4}
+DUAL_RUNS = [
+    DUAL | {"alignment": "eta", "per_device_train_batch_size": 2},
+    # All rollouts are on one rank
+    DUAL
+    | {"alignment": "cma", "preset": "v1", "gate_normalization": "gated"}
+    | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+]
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random"}
 
 
@@ -84,6 +100,11 @@ def run(
             return {}
         raise AssertionError("the run was not killed")
     trainer.train(resume_from_checkpoint=resume)
+    return report_of(trainer, names)
+
+
+def report_of(trainer: AMMTrainer | DSKDTrainer, names: list[str]) -> dict:
+    """What was logged under these names, and what the run ended with."""
     digest = hashlib.sha256()
     for part in state_of(trainer):
         for _, value in sorted(part.items()):
@@ -91,6 +112,14 @@ def run(
     report = {name: logged(trainer, name) for name in names}
     rank, written = trainer.accelerator.process_index, trainer.rollouts.last_completions
     return report | {"rank": rank, "rollouts": len(written), "weights": digest.hexdigest()}
+
+
+def run_dual(folder: Path, **overrides) -> dict:
+    """Train with two vocabularies on this rank, or alone; what it logged and ended with."""
+    tokenizers = make_tokenizer(), make_other_tokenizer()
+    trainer = make_trainer(dual_pair(*tokenizers), tokenizers, folder, short_rows(), **overrides)
+    trainer.train()
+    return report_of(trainer, DUAL_NUMBERS)
 
 
 def run_vllm(folder: Path, mode: str, lmbda: float, temperature: float = 0.0) -> dict:
@@ -118,6 +147,8 @@ def run_vllm(folder: Path, mode: str, lmbda: float, temperature: float = 0.0) ->
 def main(scenario: str, folder: Path) -> None:
     if scenario == "vllm":
         reports = [run_vllm(folder, *run) for run in VLLM_RUNS]
+    elif scenario == "dual":
+        reports = [run_dual(folder, **options) for options in DUAL_RUNS]
     elif scenario == "norm":
         reports = [run(folder, max_steps=2, temperature=0.0, learning_rate=1e-3)]
         reports += [run(folder, kind=CRITIC_KIND, temperature=0.0, learning_rate=1e-4, **game) for game in GAMES]

@@ -252,6 +252,13 @@ def test_logit_invariant_map_narrow_heads_are_solved_in_float64(dtype):
         assert torch.equal(logit_invariant_map(teacher, student)[0], weight)
 
 
+def test_projectors_of_heads_of_two_dtypes_are_in_that_of_the_space_they_lead_to():
+    narrow, wide = head_of(12, 4, 0, torch.bfloat16, bias=True), head_of(12, 6, 1, bias=True)
+    for source, target, dtype in ((wide, narrow, torch.float32), (narrow, wide, torch.float64)):
+        found = (*logit_invariant_map(source, target), *RecomputedProjector(target)(source))
+        assert {part.dtype for part in found} == {dtype}
+
+
 def test_logit_invariant_map_carries_no_gradient_and_leaves_its_heads():
     heads = [head_of(12, width, width, bias=True) for width in (4, 6)]
     before = [head.weight.clone() for head in heads]

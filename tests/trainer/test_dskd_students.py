@@ -211,7 +211,7 @@ def map_of(trainer):
     """What the projection into the teacher's space does to each direction."""
     projection = trainer.projection
     size = trainer.model.get_output_embeddings().weight.shape[1]
-    return projection.into_teacher(torch.eye(size), trainer._student_head()).detach().clone()
+    return projection.into_teacher(torch.eye(size), trainer.student_head()).detach().clone()
 
 
 @pytest.fixture(scope="module")

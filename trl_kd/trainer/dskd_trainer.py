@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from trl_kd.data import DualCollator
+from trl_kd.data import DualCollator, has_completions
 from trl_kd.losses import (
     LinearLoss,
     Term,
@@ -106,6 +106,12 @@ class DSKDTrainer(_KDTrainer):
         self._pretraining_steps = 0
         super().__init__(*arguments, **kwargs)
         warn_of_settings(self.args)
+        if self._pretrains and not has_completions(self.train_dataset):
+            raise ValueError(
+                f"`projector_pretraining_steps` is {self.args.projector_pretraining_steps}, but the dataset has "
+                "prompts alone, on which projectors learn nothing before the student writes. Set it to 0, or write "
+                "the completions first with `trl-kd generate`."
+            )
         if self.projection is not None and self.args.student_space:
             self.add_callback(AgreementWatch())
 
@@ -181,10 +187,15 @@ class DSKDTrainer(_KDTrainer):
         """As the base's; the projectors' schedule spans their steps before the first one of the student too."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         self._pretraining_steps = 0
-        if self.projection is not None and self.args.student_space:
+        if self._pretrains:
             self._pretraining_steps = self.args.projector_pretraining_steps
             self.auxiliary.start(num_training_steps + self._pretraining_steps)
         return scheduler
+
+    @property
+    def _pretrains(self) -> bool:
+        learns = self.projection is not None and self.args.student_space
+        return learns and self.args.projector_pretraining_steps > 0
 
     # One optimizer step
 
