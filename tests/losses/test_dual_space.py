@@ -20,9 +20,9 @@ from trl_kd.losses import (
     reverse_kl,
     skewed_forward_kl,
     skewed_reverse_kl,
+    top1_accuracy,
     total_variation,
 )
-from trl_kd.losses.divergences import top1_accuracy
 from trl_kd.losses.dual_space import (
     student_space,
     student_space_terms,

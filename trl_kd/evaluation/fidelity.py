@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from trl_kd.generation import Sampling, distinct_n, generate_completions, rollout_seed
-from trl_kd.losses.divergences import cross_entropy, entropy, forward_kl, reverse_kl, total_variation
+from trl_kd.losses import cross_entropy, entropy, forward_kl, reverse_kl, total_variation
 
 
 if TYPE_CHECKING:

@@ -2,15 +2,11 @@
 
 from trl_kd.losses.divergences import (
     adaptive_kl,
-    cross_entropy,
-    entropy,
     forward_kl,
     generalized_jsd,
     reverse_kl,
     skewed_forward_kl,
     skewed_reverse_kl,
-    top1_accuracy,
-    top1_agreement,
     total_variation,
 )
 from trl_kd.losses.dual_space import (
@@ -33,6 +29,7 @@ from trl_kd.losses.moments import (
     penalised_critic,
     saturation,
 )
+from trl_kd.losses.predictions import cross_entropy, entropy, top1_accuracy, top1_agreement
 from trl_kd.losses.reduction import token_mean, weighted_sum
 
 

@@ -16,8 +16,9 @@ from functools import partial
 
 import torch
 
-from trl_kd.losses.divergences import cross_entropy, forward_kl, top1_accuracy
+from trl_kd.losses.divergences import forward_kl
 from trl_kd.losses.linear import Term
+from trl_kd.losses.predictions import cross_entropy, top1_accuracy
 
 
 _Divergence = Callable[..., torch.Tensor]

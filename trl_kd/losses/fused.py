@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trl_kd.losses import divergences, moments
+from trl_kd.losses import divergences, moments, predictions
 from trl_kd.losses.block import Block
 
 
@@ -190,10 +190,10 @@ _FUSED: dict[Callable, Callable] = {
     divergences.skewed_reverse_kl: _skewed_reverse_kl,
     divergences.adaptive_kl: _adaptive_kl,
     divergences.total_variation: _total_variation,
-    divergences.cross_entropy: _cross_entropy,
-    divergences.entropy: _entropy,
-    divergences.top1_accuracy: _top1_accuracy,
-    divergences.top1_agreement: _top1_agreement,
+    predictions.cross_entropy: _cross_entropy,
+    predictions.entropy: _entropy,
+    predictions.top1_accuracy: _top1_accuracy,
+    predictions.top1_agreement: _top1_agreement,
     moments.moment: _moment,
     moments.exact_moment: _exact_moment,
     moments.exact_penalised_moment: _exact_penalised_moment,
