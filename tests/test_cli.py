@@ -235,7 +235,12 @@ def test_dskd_trains_the_example_file_across_tokenizers(student_path, tmp_path):
     for part in (teacher, tokenizer):
         part.save_pretrained(tmp_path / "teacher")
     turns = [
-        {"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": "The fox. " * (i + 1)}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"Say {i}"},
+                {"role": "assistant", "content": "The fox. " * (i + 1)},
+            ]
+        }
         for i in range(8)
     ]
     Dataset.from_list(turns).to_json(tmp_path / "turns.jsonl")

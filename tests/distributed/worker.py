@@ -56,13 +56,13 @@ DUAL_NUMBERS += [
     for name in ("tokens", "student_ce", "projector_ce", "student_space_kd", "teacher_space_kd", "gate")
 ]
 # Gates are divided by their number over ranks, and sizes of keys and values are those of all ranks
-DUAL = {"lmbda": 0.5, "temperature": 0.0, "learning_rate": 1e-3, "aux_learning_rate": 0.03, "max_steps": 4}
+DUAL = {"lmbda": 0.5, "temperature": 0.0, "learning_rate": 1e-3, "aux_learning_rate": 0.03, "max_steps": 3}
 DUAL_RUNS = [
     DUAL | {"alignment": "eta", "per_device_train_batch_size": 2},
     # All rollouts are on one rank
     DUAL
     | {"alignment": "cma", "preset": "v1", "gate_normalization": "gated"}
-    | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 7},
 ]
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random"}
 

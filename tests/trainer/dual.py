@@ -150,7 +150,10 @@ def short_rows(num_rows: int = 16) -> Dataset:
     words = ["fox", "bird", "river", "sky", "grass", "apple", "forest", "fish"]
     answers = [" The sky is blue", " green", " three red apples", " the cat sat on"]
     return Dataset.from_list(
-        [{"prompt": f"What is the {words[i % 8]}" + "?" * (i % 3), "completion": answers[i % 4]} for i in range(num_rows)]
+        [
+            {"prompt": f"What is the {words[i % 8]}" + "?" * (i % 3), "completion": answers[i % 4]}
+            for i in range(num_rows)
+        ]
     )
 
 
@@ -399,7 +402,9 @@ def read_rows(record, student, teacher, tokenizers, alignment):
         sides = zip(unpadded(batch), unpadded(batch, prefix), batch["is_on_policy"].tolist(), strict=True)
         for own, theirs, on_policy in sides:
             s, t = read(student, *own), read(teacher, *theirs)
-            pairs = literal_partners(s, t, tokenizers) if alignment != "same" else [(i, i) for i in range(len(s.labels))]
+            pairs = (
+                literal_partners(s, t, tokenizers) if alignment != "same" else [(i, i) for i in range(len(s.labels))]
+            )
             rows.append(SimpleNamespace(s=s, t=t, source=SOURCES[on_policy], pairs=pairs, batch=number))
     return rows
 
@@ -447,7 +452,9 @@ def attended(rows, record, args, student, teacher, modules, to_student, to_teach
         scales = padded_scales(batch, in_batch, teacher) if args.cma_norm_scope == "padded" else valid_scales(rows)
         for row in in_batch:
             states = row.t.hidden / scales[1] + row.predicted / scales[2]
-            teacher_values = states[:, :0] if to_student is None else torch.stack([project(to_student, h) for h in states])
+            teacher_values = (
+                states[:, :0] if to_student is None else torch.stack([project(to_student, h) for h in states])
+            )
             student_values = row.s.hidden[:, :0]
             if to_teacher is not None:
                 student_values = torch.stack([project(to_teacher, h) for h in row.s.hidden])

@@ -49,8 +49,11 @@ ONE_VOCABULARY = DIVERGENCES | {
     "v1_sampled": ("v1", SAMPLED, {}),
     "v2_written": ("v2", {"lmbda": 1.0, "kd_rate": 1.0}, {}),
     "mean_over_all": ("v2", {"gate_normalization": "tokens", "teacher_temperature": 2.0}, {"gated_mean": False}),
-    "gold": ("v2", {"projector_label": "gold", "teacher_space_divergence": "jsd", "max_steps": 12, "aux_learning_rate": 0.03}, {
-        "label": "gold", "teacher_space_divergence": "jsd"}),
+    "gold": (
+        "v2",
+        {"projector_label": "gold", "teacher_space_divergence": "jsd", "max_steps": 12, "aux_learning_rate": 0.03},
+        {"label": "gold", "teacher_space_divergence": "jsd"},
+    ),
     "learned": ("v2", {"student_to_teacher": "learned", "projector_bias": True}, {"recomputed": False, "bias": True}),
     "student_space": ("v1", {"teacher_space": False}, {}),
     "teacher_space": ("v2", {"student_space": False}, {}),
@@ -93,7 +96,12 @@ TWO_VOCABULARIES = {
     "cma_gated_mean": ("cma", "v1", CMA | {"gate_normalization": "gated"}, {"gated_mean": True}),
     "cma_padded": ("cma", "v1", CMA | {"cma_norm_scope": "padded", "teacher_temperature": 2.0}, {}),
     "cma_v2_padded": ("cma", "v2", CMA | {"cma_norm_scope": "padded"}, {}),
-    "cma_by_teacher": ("cma", "v1", {"teacher_space_denominator": "teacher", "gate": "none"} | SAMPLED, {"gate": False}),
+    "cma_by_teacher": (
+        "cma",
+        "v1",
+        {"teacher_space_denominator": "teacher", "gate": "none"} | SAMPLED,
+        {"gate": False},
+    ),
     "cma_student_space": ("cma", "v1", {"teacher_space": False} | CMA, {}),
     "cma_teacher_space": ("cma", "v2", {"student_space": False}, {}),
     "simple": ("eta", "v2", {"objective": "simple"} | SAMPLED, {}),
@@ -143,7 +151,9 @@ def assert_same_steps(trainer, expected, without=(), rel=1e-5):
         assert gradients.keys() == other_gradients.keys()
         largest = max(gradient.norm() for gradient in other_gradients.values())
         for name, gradient in gradients.items():
-            assert (gradient - other_gradients[name]).norm() <= rel * max(other_gradients[name].norm(), largest / 10), name
+            assert (gradient - other_gradients[name]).norm() <= rel * max(
+                other_gradients[name].norm(), largest / 10
+            ), name
 
 
 @pytest.mark.parametrize("alignment", ["same", "eta"])

@@ -52,7 +52,13 @@ def build(tokenizer, other, tmp_path_factory):
             pairs[size] = dual_pair(tokenizer, teacher_tokenizer)
         folder = tmp_path_factory.mktemp("run")
         return make_trainer(
-            copy.deepcopy(pairs[size]), (tokenizer, teacher_tokenizer), folder, rows, eval_rows, options=options, **overrides
+            copy.deepcopy(pairs[size]),
+            (tokenizer, teacher_tokenizer),
+            folder,
+            rows,
+            eval_rows,
+            options=options,
+            **overrides,
         )
 
     return make
@@ -207,7 +213,9 @@ def test_prepared_rows_pass_through(tokenizer, other, build):
 @pytest.mark.parametrize("is_prompt_text", [True, False])
 def test_teacher_that_puts_a_space_before_a_text(tokenizer, spaced, build, is_prompt_text):
     row = {"prompt": PROMPT, "completion": ANSWER} if is_prompt_text else {"text": PROMPT + ANSWER}
-    trainer = build([row] * 4, alignment="eta", teacher_tokenizer=spaced, max_steps=1, max_length=24, teacher_max_length=64)
+    trainer = build(
+        [row] * 4, alignment="eta", teacher_tokenizer=spaced, max_steps=1, max_length=24, teacher_max_length=64
+    )
     found = trainer.train_dataset[0]
     ids = found["teacher_input_ids"]
     # One space, before the whole text; none before the completion but its own
@@ -216,9 +224,7 @@ def test_teacher_that_puts_a_space_before_a_text(tokenizer, spaced, build, is_pr
     batch = trainer.data_collator([found])
     pairs = [(i, j) for i, j in enumerate(batch["partner"][0].tolist()) if j >= 0]
     table = trainer.row_format.student.tokens, trainer.row_format.teacher.tokens
-    texts = [
-        (table[0].table[batch["labels"][0, i]], table[1].table[batch["teacher_labels"][0, j]]) for i, j in pairs
-    ]
+    texts = [(table[0].table[batch["labels"][0, i]], table[1].table[batch["teacher_labels"][0, j]]) for i, j in pairs]
     assert len(pairs) > 2 and all(own == theirs for own, theirs in texts)
     trainer.train()
 
@@ -235,9 +241,7 @@ def test_space_before_a_text_of_token_ids_is_not_the_texts_own(spaced, tokenizer
 
 def test_formatting_function_makes_the_text_of_both(tokenizer, other, build):
     rows = [{"question": PROMPT, "answer": ANSWER}] * 4
-    trainer = build(
-        rows, alignment="eta", options={"formatting_func": lambda row: row["question"] + row["answer"]}
-    )
+    trainer = build(rows, alignment="eta", options={"formatting_func": lambda row: row["question"] + row["answer"]})
     assert sides(trainer.train_dataset[0], tokenizer, other) == [
         ["", PROMPT + ANSWER + END],
         ["", "<s>" + PROMPT + ANSWER + OTHER_END],
@@ -376,7 +380,10 @@ def test_coverage_of_prompts_alone_is_that_of_the_prompts(tokenizer, other, buil
         build([{"prompt": PROMPT}] * 4)
     spans = [
         set(zip(starts := [0, *accumulate(lengths)], starts[1:]))
-        for lengths in ([len(own.decode([token])) for token in own(PROMPT, add_special_tokens=False)["input_ids"]] for own in (tokenizer, other))
+        for lengths in (
+            [len(own.decode([token])) for token in own(PROMPT, add_special_tokens=False)["input_ids"]]
+            for own in (tokenizer, other)
+        )
     ]
     # Nothing predicts the first token of a row
     own = {span for span in spans[0] if span[0] > 0}
@@ -484,8 +491,15 @@ def test_attention_to_a_teacher_of_two_widths_raises(tokenizer, other, tmp_path)
     """Embeddings of one width, last hidden states of another; OPT has such models, up to its last projection."""
     ids = {"eos_token_id": other.eos_token_id, "pad_token_id": 0, "bos_token_id": None}
     config = OPTConfig(
-        vocab_size=len(other), hidden_size=48, word_embed_proj_dim=24, ffn_dim=64, num_hidden_layers=1,
-        num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=False, **ids,
+        vocab_size=len(other),
+        hidden_size=48,
+        word_embed_proj_dim=24,
+        ffn_dim=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        **ids,
     )
     teacher = OPTForCausalLM(config)
     teacher.model.decoder.project_out = None
@@ -514,14 +528,19 @@ def test_padded_heads_never_write_padding(tokenizer, other, tmp_path):
         with torch.no_grad():
             model.get_output_embeddings().weight[size:] *= 50.0
         options = {"lmbda": 1.0, "kd_rate": 1.0} if source == "student" else {"off_policy_source": "teacher"}
-        trainer = make_trainer((student, teacher), (tokenizer, other), tmp_path, alignment="eta", max_steps=1, **options)
+        trainer = make_trainer(
+            (student, teacher), (tokenizer, other), tmp_path, alignment="eta", max_steps=1, **options
+        )
         write = {"student": trainer.write_with_student, "teacher": trainer.write_with_teacher}[source]
         assert max(token for ids in write([[5, 6, 7]] * 8, seed=0) for token in ids) < size
         trainer.train()
 
 
 BAD_VALUES = [
-    ({"alignment": "fuzzy"}, "`alignment` is 'fuzzy', which does not exist. Choose one of 'auto', 'same', 'eta', 'cma'"),
+    (
+        {"alignment": "fuzzy"},
+        "`alignment` is 'fuzzy', which does not exist. Choose one of 'auto', 'same', 'eta', 'cma'",
+    ),
     ({"objective": "mse"}, "`objective` is 'mse', which does not exist. Choose one of 'dual_space', 'simple', 'uld'"),
     ({"preset": "v3"}, "`preset` is 'v3', which does not exist. Choose one of 'v1', 'v2'"),
     ({"divergence": "l2"}, "`divergence` is 'l2', which does not exist. Choose one of 'adaptive_kl', 'forward_kl'"),
@@ -541,7 +560,10 @@ BAD_VALUES = [
     ({"skew": 1.0}, r"`skew` is 1.0, but it is a share of a mixture. Set it in \[0, 1\)"),
     ({"init_vocab_size": 0}, "`init_vocab_size` is 0, but it counts tokens. Set it to 1 or more, or None"),
     ({"teacher_max_length": 0}, "`teacher_max_length` is 0, but it counts tokens"),
-    ({"student_space": False, "teacher_space": False}, "`student_space` and `teacher_space` are both False.*SFTTrainer"),
+    (
+        {"student_space": False, "teacher_space": False},
+        "`student_space` and `teacher_space` are both False.*SFTTrainer",
+    ),
     ({"objective": "uld", "alignment": "cma"}, "`objective` is 'uld' with `alignment` 'cma', but attention works on"),
     ({"objective": "simple", "alignment": "cma"}, "`objective` is 'simple' with `alignment` 'cma'.*to 'auto'"),
     ({"packing": True, "alignment": "eta"}, "`packing` is True with `alignment` 'eta', but rows of two tokenizers"),
@@ -587,8 +609,13 @@ def test_config_preset_decides_what_is_not_given(tmp_path, preset, alignment):
 
 def test_config_what_is_given_wins_over_the_preset(tmp_path):
     given = {
-        "projector_label": "gold", "gate": "none", "gate_normalization": "tokens", "projector_init": "random",
-        "projector_bias": True, "student_to_teacher": "learned", "teacher_space_divergence": "jsd",
+        "projector_label": "gold",
+        "gate": "none",
+        "gate_normalization": "tokens",
+        "projector_init": "random",
+        "projector_bias": True,
+        "student_to_teacher": "learned",
+        "teacher_space_divergence": "jsd",
     }
     config = dual_config(tmp_path, preset="v2", aux_learning_rate=0.5, **given)
     config.resolve("cma")

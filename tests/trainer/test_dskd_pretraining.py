@@ -198,3 +198,30 @@ def test_card_names_what_the_preset_decided(tokenizer, other, tmp_path):
     ):
         assert text in card
     assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+@pytest.mark.parametrize("alignment", ["same", "cma"])
+def test_partners_by_context_have_a_meaning_under_exact_alignment_only(tokenizer, other, tmp_path, alignment):
+    teacher_tokenizer = tokenizer if alignment == "same" else other
+    options = {"alignment": alignment, "eta_pairs": "context", "max_steps": 1}
+    trainer = make_trainer(
+        dual_pair(tokenizer, teacher_tokenizer), (tokenizer, teacher_tokenizer), tmp_path, **options
+    )
+    before = weights(projector_of(trainer))
+    trainer.train()
+    assert trainer.args.eta_pairs == "token"
+    assert not same(weights(projector_of(trainer)), before)  # its labels are those of the teacher still
+
+
+def test_teacher_of_few_positions_reads_no_further(tokenizer, other, tmp_path):
+    """GPT-2's config has another name for them. Data and rollouts are cut on the teacher's side alone."""
+    student, teacher = dual_pair(tokenizer, other, kinds=("llama", "gpt2"))
+    long = [{"prompt": "What is the fox", "completion": " The sky is blue" * 300}] * 4
+    options = {"max_length": None, "max_steps": 1, "lmbda": 0.5, "max_completion_length": 600}
+    trainer = make_trainer((student, teacher), (tokenizer, other), tmp_path, long, alignment="eta", **options)
+    row = trainer.train_dataset[0]
+    assert len(row["teacher_input_ids"]) == 512 and len(row["input_ids"]) > 512
+    completion = tokenizer(" The sky is blue" * 300)["input_ids"]
+    completed = trainer.row_format.complete(row, completion, "student")
+    assert len(completed["teacher_input_ids"]) == len(completed["teacher_labels"]) == 512
+    assert completed["input_ids"][row["prompt_length"] :] == completion

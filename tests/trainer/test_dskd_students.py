@@ -202,7 +202,9 @@ def test_lora_student_with_a_trained_head_moves_the_recomputed_map(tokenizer, tm
     before = map_of(trainer)
     trainer.train()
     assert not torch.equal(map_of(trainer), before)
-    frozen = make_trainer(dual_pair(tokenizer), (tokenizer, None), tmp_path, options={"peft_config": LoraConfig(**LORA)})
+    frozen = make_trainer(
+        dual_pair(tokenizer), (tokenizer, None), tmp_path, options={"peft_config": LoraConfig(**LORA)}
+    )
     frozen.train()
     assert torch.equal(map_of(frozen), before)
 

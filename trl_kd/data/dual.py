@@ -165,11 +165,14 @@ class DualCollator(KDCollator):
         by (`str`, *optional*, defaults to `"token"`):
             Who are partners: `"token"` and `"context"` as in [`align`]; `"index"`, as in ULD, for the k-th trained
             token and the k-th.
+        teacher_max_length (`int`, *optional*):
+            Longest row of the teacher: what was translated for it loses its end beyond.
     """
 
     student: Side = None
     teacher: Side = None
     by: str = "token"
+    teacher_max_length: int | None = None
 
     def prompt(self, row: dict[str, Any], writer: str) -> list[int]:
         if writer == "student":
@@ -182,7 +185,10 @@ class DualCollator(KDCollator):
         translated = other.write(source.tokens.decode(part), ended)
         completions = (completion, translated) if writer == "student" else (translated, completion)
         student = completed_row(self.prompt(row, "student"), completions[0])
-        return row | student | _of_teacher(completed_row(self.prompt(row, "teacher"), completions[1]))
+        teacher = completed_row(self.prompt(row, "teacher"), completions[1])
+        for name in ("input_ids", "labels"):
+            teacher[name] = teacher[name][: self.teacher_max_length]
+        return row | student | _of_teacher(teacher)
 
     def rows_of(self, batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
         teacher = {name.removeprefix("teacher_"): part for name, part in batch.items() if name.startswith("teacher_")}

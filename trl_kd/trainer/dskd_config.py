@@ -457,7 +457,9 @@ class DSKDConfig(KDConfig):
             self.gate = "agreement"
         for name in PRESETS[self.preset]:
             setattr(self, name, self.decided(name))
-        if (self.alignment, self.eta_pairs, self.projector_label) == ("eta", "context", "teacher_top1"):
+        if self.alignment != "eta":
+            self.eta_pairs = "token"  # every token meets every other, or its like
+        if (self.eta_pairs, self.projector_label) == ("context", "teacher_top1"):
             raise ValueError(
                 "`eta_pairs` is 'context' with `projector_label` 'teacher_top1', but before the same text the two "
                 "models need not have the same next tokens, so the teacher's is no label for the student. Set "

@@ -155,6 +155,8 @@ class DSKDTrainer(_KDTrainer):
         tables = self.row_format.student.tokens.table, self.row_format.teacher.tokens.table
         sizes = tuple(min(size, len(table)) for size, table in zip(sizes, tables, strict=True))
         args.resolve(choose_alignment(args, self.train_dataset, self.row_format))
+        if self.row_format.by == "context":
+            self.row_format.by = args.eta_pairs
         needs = (args.projector_init, args.student_to_teacher, args.projector_label) != ("random", "learned", "gold")
         if args.objective != "uld" and (needs or args.lmbda > 0 or args.objective == "simple"):
             to_student, shared_ids = shared_vocabulary(self.row_format, sizes)

@@ -88,10 +88,9 @@ def dual_text(
         `tuple`: a function as of [`setup.dataset_preparer`], and a [`DualCollator`].
     """
     teacher_ends = eos_token_ids(teacher.model, teacher_tokenizer)
-    longest = args.teacher_max_length or teacher.model.config.get_text_config().to_dict().get(
-        "max_position_embeddings"
-    )
-    first = next(iter(next(iter(dataset.values())) if isinstance(dataset, dict) else dataset), None) or {}
+    longest = args.teacher_max_length or _context_length(teacher.model)
+    dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+    first = next(iter(dataset or []), {})
 
     def formatters(row: dict[str, Any], name: str) -> list[Any]:
         options = {"text_field": args.dataset_text_field, "assistant_only_loss": args.assistant_only_loss}
@@ -120,7 +119,14 @@ def dual_text(
 
     prepare = setup.dataset_preparer(args, tokenizer, student_ends, formatting_func, add_teacher)
     by = "index" if args.objective == "uld" else args.decided("eta_pairs")
-    return prepare, DualCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, *sides, by)
+    return prepare, DualCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, *sides, by, longest)
+
+
+def _context_length(model: Any) -> int | None:
+    """Positions that a model has, if it says so."""
+    config = model.config.get_text_config()
+    name = "max_position_embeddings"
+    return config.to_dict().get(config.attribute_map.get(name, name))
 
 
 def choose_alignment(args: Any, dataset: Any, collator: DualCollator) -> str:
