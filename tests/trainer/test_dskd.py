@@ -51,7 +51,7 @@ ONE_VOCABULARY = DIVERGENCES | {
     "mean_over_all": ("v2", {"gate_normalization": "tokens", "teacher_temperature": 2.0}, {"gated_mean": False}),
     "gold": (
         "v2",
-        {"projector_label": "gold", "teacher_space_divergence": "jsd", "max_steps": 12, "aux_learning_rate": 0.03},
+        {"projector_label": "gold", "teacher_space_divergence": "jsd", "max_steps": 5, "aux_learning_rate": 0.1},
         {"label": "gold", "teacher_space_divergence": "jsd"},
     ),
     "learned": ("v2", {"student_to_teacher": "learned", "projector_bias": True}, {"recomputed": False, "bias": True}),
@@ -68,7 +68,8 @@ def test_step_with_one_vocabulary_agrees_with_loops(tokenizer, tmp_path, case):
     version, overrides, options = ONE_VOCABULARY[case]
     models, tokenizers = dual_pair(tokenizer), (tokenizer, None)
     trainer = recorded_run(copy.deepcopy(models), tokenizers, tmp_path, preset=version, **overrides)
-    steps = (trainer.args.max_steps - 1,) if "max_steps" in overrides else (0, 1)
+    # Projectors that have learned, or (slow loops) one step that the first one has changed
+    steps = (trainer.args.max_steps - 1,) if "max_steps" in overrides or "uld" in case else (0, 1)
     values = assert_agrees(trainer, models, tokenizers, "same", version, steps, **options)
     assert_not_trivial(values, trainer.args)
 
@@ -81,7 +82,8 @@ def assert_not_trivial(values, args):
         assert 0 < sum(gates) < len(gates)
 
 
-CMA = {"max_steps": 12, "aux_learning_rate": 0.03}
+# Until the projectors find some labels
+CMA = {"max_steps": 5, "aux_learning_rate": 0.1}
 TWO_VOCABULARIES = {
     "eta_v2": ("eta", "v2", {}, {}),
     "eta_v1": ("eta", "v1", {}, {}),
@@ -116,7 +118,8 @@ def test_step_with_two_vocabularies_agrees_with_loops(tokenizer, other, tmp_path
     settings = {"alignment": "eta" if alignment == "uld" else alignment, "preset": version}
     settings |= {"generation_kwargs": words_only(tokenizer)}
     trainer = recorded_run(copy.deepcopy(models), tokenizers, tmp_path, **(settings | overrides))
-    steps = (trainer.args.max_steps - 1,) if "max_steps" in overrides else (0, 1)
+    # Projectors that have learned, or (slow loops) one step that the first one has changed
+    steps = (trainer.args.max_steps - 1,) if "max_steps" in overrides or "uld" in case else (0, 1)
     values = assert_agrees(trainer, models, tokenizers, alignment, version, steps, **options)
     assert_not_trivial(values, trainer.args)
 
@@ -161,7 +164,7 @@ def test_teacher_equal_to_the_student_leaves_nothing_to_learn(tokenizer, tmp_pat
     student, _ = dual_pair(tokenizer)
     models, tokenizers = (student, copy.deepcopy(student)), (tokenizer, copy.deepcopy(tokenizer))
     trainer = recorded_run(models, tokenizers, tmp_path, alignment=alignment, kd_rate=1.0, max_steps=1)
-    (entry, gradients), _ = steps_of(trainer)[0], None
+    (entry,) = [entry for entry, _ in steps_of(trainer)]
     assert entry["kd/off_policy/student_space_kd"] < 1e-10 and entry["kd/off_policy/teacher_space_kd"] < 1e-10
     assert entry["kd/off_policy/gate"] == entry["kd/off_policy/projector_agreement"] == 1.0
     # A step of cross-entropy has a gradient of 5
@@ -248,8 +251,8 @@ SPLIT_RUNS = {
     "same": {},
     "same_v1": {"preset": "v1"},
     "eta": {"alignment": "eta"},
-    "cma": {"alignment": "cma", "preset": "v1", "aux_learning_rate": 0.03, "gate_normalization": "gated"},
-    "cma_v2": {"alignment": "cma", "preset": "v2", "aux_learning_rate": 0.03},
+    "cma": {"alignment": "cma", "preset": "v1", "aux_learning_rate": 0.1, "gate_normalization": "gated"},
+    "cma_v2": {"alignment": "cma", "preset": "v2", "aux_learning_rate": 0.1},
     "simple": {"alignment": "eta", "objective": "simple"},
     "uld": {"alignment": "eta", "objective": "uld"},
 }
@@ -263,7 +266,7 @@ def test_any_split_of_a_step_gives_the_same_gradients(tokenizer, other, tmp_path
     for size, accumulation in ((4, 1), (2, 2), (1, 4)):
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
         # Greedy, so that rollouts are the same
-        options = {"lmbda": 0.5, "temperature": 0.0, "max_steps": 3} | sizes
+        options = {"lmbda": 0.5, "temperature": 0.0, "max_steps": 5 if "cma" in case else 2} | sizes
         runs.append(recorded_run(copy.deepcopy(models), tokenizers, tmp_path, **(options | SPLIT_RUNS[case])))
     assert min(logged(runs[0], "kd/on_policy/tokens") + logged(runs[0], "kd/off_policy/tokens")) > 0
     for run in runs[1:]:
@@ -481,5 +484,4 @@ def test_student_comes_near_the_teacher_by_distillation_alone(tokenizer, other, 
     options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "loss_chunk_size": None}
     trainer = recorded_run((student, teacher), (tokenizer, own), tmp_path, **(options | TAUGHT[case]))
     after = distance_to(trainer.model, teacher, (tokenizer, own))
-    print(case, before, after)
     assert after < before / 3

@@ -13,7 +13,6 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models
 from transformers import ByT5Tokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from tests.tiny import make_model
 from tests.trainer.dual import (
     dual_config,
     dual_pair,
@@ -379,7 +378,7 @@ def test_coverage_of_prompts_alone_is_that_of_the_prompts(tokenizer, other, buil
     with caplog.at_level(logging.WARNING):
         build([{"prompt": PROMPT}] * 4)
     spans = [
-        set(zip(starts := [0, *accumulate(lengths)], starts[1:]))
+        set(zip(starts := [0, *accumulate(lengths)], starts[1:], strict=False))
         for lengths in (
             [len(own.decode([token])) for token in own(PROMPT, add_special_tokens=False)["input_ids"]]
             for own in (tokenizer, other)

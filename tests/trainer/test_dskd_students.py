@@ -30,8 +30,6 @@ from tests.trainer.dual import (
     make_other_tokenizer,
     make_trainer,
     recorded_run,
-    same_tokens,
-    short_rows,
 )
 from tests.trainer.runs import logged, same, state_of, weights
 from trl_kd.trainer import auxiliary, checkpoints
