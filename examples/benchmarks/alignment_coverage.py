@@ -8,6 +8,7 @@ A row is one text (Dolly's responses, GSM8K's answers, TinyStories) as each toke
 behind. All figures are shares of the student's tokens, the EOS included:
 
 * paired: have a partner (`trl_kd.data.align`).
+* by context: have one by `align(by="context")`, the tokens before which the same text stands.
 * GOLD 1:1: are alone in a group with one token of the teacher that stands for the same bytes (`ULDLoss`, which walks
   over both sides' byte offsets and closes a group where they meet).
 * GOLD grouped: are in a group that both sides closed at the same byte, of whatever sizes. What is left when one side
@@ -107,7 +108,7 @@ def count_wrong(pairs: np.ndarray, pieces: list[list[bytes]]) -> int:
 
 def coverage(student: Side, teacher: Side, texts: list[str]) -> tuple[dict[str, float], bool, int]:
     """Shares of the student's tokens, whether GOLD refuses the pair, and how many pairs are wrong."""
-    counts = {"tokens": 0, "paired": 0, "one": 0, "grouped": 0}
+    counts = {"tokens": 0, "paired": 0, "context": 0, "one": 0, "grouped": 0}
     is_refused, num_wrong = False, 0
     for text in texts:
         sides = (student, teacher)
@@ -116,6 +117,8 @@ def coverage(student: Side, teacher: Side, texts: list[str]) -> tuple[dict[str, 
         pairs = align(student.tokens, teacher.tokens, *ids, student_first=True, teacher_first=True)
         counts["tokens"] += len(ids[0])
         counts["paired"] += len(pairs)
+        by_context = align(student.tokens, teacher.tokens, *ids, student_first=True, teacher_first=True, by="context")
+        counts["context"] += len(by_context)
         num_wrong += count_wrong(pairs, pieces)
         offsets = [side.gold_offsets(text) for side in sides]
         if None in offsets:
@@ -170,10 +173,25 @@ def main() -> None:
         total_wrong += num_wrong
         is_short |= shares["paired"] < shares["one"]
         mark = "*" if is_refused else ""
-        cells = [f"{shares['paired']:.2%}", f"{shares['one']:.2%}{mark}", f"{shares['grouped']:.2%}{mark}"]
+        cells = [
+            f"{shares['paired']:.2%}",
+            f"{shares['context']:.2%}",
+            f"{shares['one']:.2%}{mark}",
+            f"{shares['grouped']:.2%}{mark}",
+        ]
         duration = milliseconds(student, teacher, part, args.timed_rows)
         rows.append([student.name, teacher.name, name, *cells, f"{duration:.2f}", str(num_wrong)])
-    columns = ["student", "teacher", "texts", "paired", "GOLD 1:1", "GOLD grouped", f"ms for {LENGTH} tokens", "wrong"]
+    columns = [
+        "student",
+        "teacher",
+        "texts",
+        "paired",
+        "by context",
+        "GOLD 1:1",
+        "GOLD grouped",
+        f"ms for {LENGTH} tokens",
+        "wrong",
+    ]
     show("Share of the student's tokens with a partner (* GOLD refuses a tokenizer of the pair)", columns, rows, True)
     raise SystemExit(1 if total_wrong or is_short else 0)
 

@@ -36,7 +36,6 @@ def other():
 
 
 # Options of the run, and what they mean where the version alone does not say it
-GATED, OPEN = {"gate": True}, {"gate": False}
 SAMPLED = {"lmbda": 0.5, "on_policy_weight": 0.3, "kd_rate": 0.7}
 DIVERGENCES = {
     name: ("v2", {"divergence": name, "skew": 0.3, "adaptive_head": 0.7, "kd_temperature": 1.5}, {})

@@ -6,6 +6,7 @@ import logging
 from itertools import accumulate
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -25,6 +26,7 @@ from tests.trainer.runs import logged
 from trl_kd import DSKDConfig, DSKDTrainer
 from trl_kd.data import KDCollator
 from trl_kd.trainer.dskd_warnings import AgreementWatch
+from trl_kd.trainer.dual_text import shared_vocabulary
 
 
 END, OTHER_END = "<|im_end|>", "</s>"
@@ -281,6 +283,57 @@ def test_evaluation_sets_by_name_each_have_a_loss(tokenizer, build):
     assert alone["eval_loss"] == pytest.approx(found["eval_chat_loss"], rel=1e-6)
 
 
+@pytest.fixture(scope="module")
+def turning():
+    """A tokenizer whose template ends a turn by another token than its EOS, as those of Llama 3 and Phi do."""
+    tokenizer = make_other_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "<ask>")
+    return tokenizer
+
+
+def test_turns_end_as_the_template_ends_them_and_texts_as_the_tokenizer_does(tokenizer, turning, tmp_path):
+    """Both ends of the teacher's stand for the student's one, and a rollout gets that of its kind of data."""
+    student, teacher = dual_pair(tokenizer, turning)
+    turn, end = (turning.convert_tokens_to_ids(token) for token in ("<ask>", "</s>"))
+    teacher.generation_config.eos_token_id = [turn, end]
+    for is_chat in (True, False):
+        row = {"messages": chat(*EARLIER)} if is_chat else {"prompt": PROMPT, "completion": ANSWER}
+        trainer = make_trainer(
+            copy.deepcopy((student, teacher)), (tokenizer, turning), tmp_path, [row] * 4, alignment="eta", lmbda=0.5
+        )
+        found, expected = trainer.train_dataset[0], turn if is_chat else end
+        assert found["teacher_labels"][-1] == expected and found["labels"][-1] == tokenizer.eos_token_id
+        assert trainer.row_format.partners(found)[-1] == len(found["teacher_labels"]) - 1
+        written = trainer.row_format.complete(found, tokenizer("No" + END)["input_ids"], "student")
+        assert written["teacher_labels"][-1] == expected
+        for ending in (turn, end):
+            ids = turning(" No", add_special_tokens=False)["input_ids"]
+            written = trainer.row_format.complete(found, [*ids, ending], "teacher")
+            assert tokenizer.decode([label for label in written["labels"] if label != -100]) == " No" + END
+            assert trainer.to_student[ending] == tokenizer.eos_token_id
+            assert ending in trainer.row_format.teacher.formatter.eos_token_ids
+        # One token of the student's has one row of the map
+        own, theirs = (ids.tolist() for ids in trainer.shared_ids)
+        assert own == sorted(set(own)) and len(set(theirs)) == len(theirs)
+        spelled = zip(tokenizer.convert_ids_to_tokens(own), turning.convert_ids_to_tokens(theirs), strict=True)
+        assert all(left == right or (left, right) == (END, "<ask>") for left, right in spelled)
+
+
+def test_shared_tokens_are_those_that_both_heads_have(build):
+    trainer = build(alignment="eta")
+    to_student, (own, theirs) = shared_vocabulary(trainer.row_format, (300, 280))
+    assert len(to_student) == 280 and to_student.max() < 300 and own.max() < 300 and theirs.max() < 280
+    whole, _ = shared_vocabulary(trainer.row_format, (384, 314))
+    assert (to_student == np.where(whole[:280] < 300, whole[:280], -1)).all() and (whole >= 300).any()
+    assert to_student[theirs].tolist() == own.tolist()
+
+
+def test_both_sides_are_padded_as_asked(build):
+    trainer = build(alignment="eta", pad_to_multiple_of=16)
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[2]])
+    assert [batch[name].shape[1] % 16 for name in ("input_ids", "partner", "teacher_input_ids")] == [0, 0, 0]
+
+
 # What is cut
 
 
@@ -334,6 +387,13 @@ def test_teacher_max_length_leaves_the_rest_of_the_student_without_partner(token
     partner = trainer.data_collator([found])["partner"][0]
     assert partner.max() < length and partner[-1] == -1 and (partner >= 0).any()
     trainer.train()
+
+
+def test_teachers_side_that_is_cut_is_told(build, caplog):
+    rows = [{"prompt": PROMPT, "completion": ANSWER}] * 2 + [{"prompt": PROMPT, "completion": ANSWER * 4}] * 2
+    with caplog.at_level(logging.WARNING, logger="trl_kd"):
+        build(rows, alignment="eta", teacher_max_length=24)
+    assert "2 of 4 rows of the train dataset are longer than `teacher_max_length` (24 tokens)" in caplog.text
 
 
 def test_teacher_max_length_is_its_longest_context_by_default(tokenizer, other, tmp_path):

@@ -121,6 +121,29 @@ def test_teacher_equal_to_the_student_leaves_nothing_to_learn_in_any_family(toke
         assert logged(trainer, "kd/off_policy/gate") == [1.0], kind
 
 
+def test_token_without_a_label_does_not_teach_whatever_the_projector_says(tokenizer, other, tmp_path):
+    """Its label is filled in with 0, which is all that this head ever finds most likely."""
+    student, teacher = family("phi", len(tokenizer)), family("qwen2", len(other))
+    with torch.no_grad():
+        student.get_output_embeddings().bias[0] += 1e3
+    trainer = recorded_run((student, teacher), (tokenizer, other), tmp_path, alignment="cma", max_steps=1)
+    assert logged(trainer, "kd/off_policy/gate") == [0.0] and logged(trainer, "kd/aligned_share")[0] < 1
+
+
+@pytest.mark.parametrize("alignment", ["same", "eta", "cma"])
+def test_bfloat16_stays_near_float32(tokenizer, other, tmp_path, alignment):
+    models, tokenizers, options = kind_of(alignment, tokenizer, other)
+    runs = [
+        recorded_run(copy.deepcopy(models), tokenizers, tmp_path, bf16=bf16, max_steps=1, gate="none", **options)
+        for bf16 in (False, True)
+    ]
+    assert {parameter.dtype for parameter in runs[1].auxiliary.modules.parameters()} == {torch.float32}
+    for name in ("loss", "kd/off_policy/student_space_kd", "kd/off_policy/teacher_space_kd", "kd/aux_grad_norm"):
+        full, half = (logged(run, name)[0] for run in runs)
+        # Eight bits of the models' states
+        assert half != full and half == pytest.approx(full, rel=3e-2), name
+
+
 # What is trained and saved
 
 KINDS = {"same": {}, "eta": {}, "cma": {"preset": "v1"}}
