@@ -63,3 +63,18 @@ def test_align_any_ids_with_themselves_is_the_identity(name):
         assert {i for i, _ in pairs} >= {i for i, token in enumerate(ids) if tokens.table[token].strip()}
 
     aligns_itself()
+
+
+def test_align_by_context_texts_that_begin_or_space_differently():
+    tokenizer, tokens = side("bytes")
+
+    def ids_of(*pieces):
+        return [i for piece in pieces for i in encode(tokenizer, piece)]
+
+    def paired(ours, theirs):
+        return align(tokens, tokens, ours, theirs, by="context").tolist()
+
+    # A line break that only one template writes: what follows it has the same text behind
+    assert paired(ids_of("\n", "a", "b"), ids_of("a", "b")) == [[1, 0], [2, 1]]
+    # After another kind of white space, the text before is another one
+    assert paired(ids_of("a", "\n", "b"), ids_of("a", "\t", "b")) == [[0, 0], [1, 1]]

@@ -322,21 +322,30 @@ def _solid_pairs(student: _Text, teacher: _Text, matched: np.ndarray) -> tuple[n
 
 
 def _context_pairs(student: _Text, teacher: _Text, gaps: np.ndarray) -> np.ndarray:
-    """Tokens before which the same text stands: after the same solid byte, and as much white space behind it."""
+    """
+    Tokens before which the same text stands: after the same solid byte and the same white space behind it. At the
+    start of a text, which templates begin differently, before the same white space in front of the first solid byte.
+    """
     found = []
     for side, places in ((student, gaps), (teacher, np.arange(len(teacher.solid) + 1))):
         is_end = side.kinds == 1
         behind = np.flatnonzero(is_end & (side.first == len(side.solid)))
         i = np.flatnonzero((side.ends > side.starts) | is_end)
         i = i[i <= behind[0]] if len(behind) else i  # what follows the end of the text is no part of it
-        space = side.starts[i] - np.concatenate([[0], side.solid + 1])[side.first[i]]
-        is_known = places[side.first[i]] >= 0
+        rank, edge = side.first[i], side.solid[0] if len(side.solid) else len(side.text)
+        before = np.concatenate([[0], side.solid + 1])[rank]
+        spaces = np.stack([np.where(rank == 0, side.starts[i], before), np.where(rank == 0, edge, side.starts[i])])
         # An end meets an end only: in the same text, nobody else is there
-        codes = (places[side.first[i]] * (len(side.text) + len(teacher.text) + 1) + space) * 2 + is_end[i]
-        found.append((i[is_known], codes[is_known]))
-    (i, codes), (j, teacher_codes) = found
+        codes = (places[rank] * (len(student.text) + len(teacher.text) + 1) + spaces[1] - spaces[0]) * 2 + is_end[i]
+        known = places[rank] >= 0
+        found.append((i[known], codes[known], spaces.T[known]))
+    (i, codes, spaces), (j, teacher_codes, teacher_spaces) = found
     _, m, n = np.intersect1d(codes, teacher_codes, return_indices=True)
-    pairs = np.stack([i[m], j[n]], axis=1)
+    is_same = [
+        student.text[a:b] == teacher.text[c:d]
+        for (a, b), (c, d) in zip(spaces[m].tolist(), teacher_spaces[n].tolist(), strict=True)
+    ]
+    pairs = np.stack([i[m], j[n]], axis=1)[np.array(is_same, dtype=bool)]
     return pairs[np.argsort(pairs[:, 0])]
 
 
@@ -398,13 +407,13 @@ def align(
     """
     a, b = _Text.read(student, student_ids, student_first), _Text.read(teacher, teacher_ids, teacher_first)
     matched = _match(a, b)
-    i, j = _solid_pairs(a, b, matched)
-    is_same = np.array([a.pieces[m] == b.pieces[n] for m, n in zip(i.tolist(), j.tolist(), strict=True)], dtype=bool)
     # A gap is where the byte before it is; the first one is where the byte after it is, which must be the first too
     is_same_start = matched[0] == 0 if len(matched) else not len(b.solid)
     gaps = np.concatenate([[0 if is_same_start else -1], np.where(matched >= 0, matched + 1, -1)])
     if by == "context":
         return _context_pairs(a, b, gaps)
+    i, j = _solid_pairs(a, b, matched)
+    is_same = np.array([a.pieces[m] == b.pieces[n] for m, n in zip(i.tolist(), j.tolist(), strict=True)], dtype=bool)
     hollow = a.hollow(gaps)
     other = b.hollow(np.arange(len(b.solid) + 1)) if hollow else {}
     hollow = [(m, other[key]) for key, m in hollow.items() if key in other]

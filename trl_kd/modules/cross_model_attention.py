@@ -90,6 +90,7 @@ class CrossModelAttention(nn.Module):
         student_values: torch.Tensor,
         student_segments: torch.Tensor,
         teacher_segments: torch.Tensor,
+        sizes: tuple[int, int, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
         What each token reads on the other side.
@@ -107,6 +108,9 @@ class CrossModelAttention(nn.Module):
                 Number of the sequence of each student's token, ascending.
             teacher_segments (`torch.Tensor` of shape `(N_t,)`):
                 The same for the teacher's tokens.
+            sizes (`tuple[int, int, int]`, *optional*):
+                Number of sequences, and most tokens of one, the student's and the teacher's. If they are not given,
+                the device is asked for them.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]` of shapes `(N_s, H_s)` and `(N_t, H_t)`: the teacher's values as the
@@ -122,9 +126,11 @@ class CrossModelAttention(nn.Module):
                     nothing + q.new_zeros(len(q), teacher_values.shape[1]),
                     nothing + q.new_zeros(len(k), student_values.shape[1]),
                 )
-            rows = int(torch.maximum(student_segments[-1], teacher_segments[-1])) + 1
-            to_student, student_mask = _places(student_segments, rows)
-            to_teacher, teacher_mask = _places(teacher_segments, rows)
+            if sizes is None:
+                rows = int(torch.maximum(student_segments[-1], teacher_segments[-1])) + 1
+                sizes = rows, *(int(part.bincount().max()) for part in (student_segments, teacher_segments))
+            to_student, student_mask = _places(student_segments, sizes[0], sizes[1])
+            to_teacher, teacher_mask = _places(teacher_segments, sizes[0], sizes[2])
             scores = _padded(q, to_student, student_mask) @ _padded(k, to_teacher, teacher_mask).mT
             scores = scores / math.sqrt(k.shape[1])  # (rows, n, m)
             seen = student_mask.unsqueeze(2) & teacher_mask.unsqueeze(1)
@@ -133,12 +139,11 @@ class CrossModelAttention(nn.Module):
         return of_teacher.flatten(0, 1)[to_student], of_student.flatten(0, 1)[to_teacher]
 
 
-def _places(segments: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(segments: torch.Tensor, rows: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Place of each token in a padded `(rows, longest)`, flattened, and which places are taken."""
     counts = torch.zeros(rows, dtype=torch.long, device=segments.device).index_add_(
         0, segments, torch.ones_like(segments)
     )
-    longest = int(counts.max())
     firsts = counts.cumsum(0) - counts
     inside = torch.arange(len(segments), device=segments.device) - firsts[segments]
     return segments * longest + inside, torch.arange(longest, device=segments.device) < counts.unsqueeze(1)

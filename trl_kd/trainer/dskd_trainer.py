@@ -103,10 +103,11 @@ class DSKDTrainer(_KDTrainer):
 
     def __init__(self, *arguments: Any, teacher_processing_class: Any = None, **kwargs: Any):
         self.teacher_processing_class = teacher_processing_class
-        self._pretraining_steps = 0
+        self._is_pretrained = False
+        self._step: list[dict] = []  # micro-batches of the current optimizer step
         super().__init__(*arguments, **kwargs)
         warn_of_settings(self.args)
-        if self._pretrains and not has_completions(self.train_dataset):
+        if self._pretraining_steps and not has_completions(self.train_dataset):
             raise ValueError(
                 f"`projector_pretraining_steps` is {self.args.projector_pretraining_steps}, but the dataset has "
                 "prompts alone, on which projectors learn nothing before the student writes. Set it to 0, or write "
@@ -177,6 +178,8 @@ class DSKDTrainer(_KDTrainer):
         self.projection = None
         if self.args.objective == "dual_space":
             self.projection = Projection(self.args, self.model, self.teacher, self.student_head(), self.shared_ids)
+        if self.args.objective == "simple" and self.shared_ids is not None:
+            self.shared_teacher_head = self.teacher.head.at(self.shared_ids[1])
         self.look = Lookout(self.args, self.projection, self.teacher, self.to_student, self.accelerator)
         return {} if self.projection is None else self.projection.modules
 
@@ -185,19 +188,14 @@ class DSKDTrainer(_KDTrainer):
         head = LMHead.of(self.accelerator.unwrap_model(self.model)).cut(self.vocab_size)
         return head.detach() if detached else head
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As the base's; the projectors' schedule spans their steps before the first one of the student too."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        self._pretraining_steps = 0
-        if self._pretrains:
-            self._pretraining_steps = self.args.projector_pretraining_steps
-            self.auxiliary.start(num_training_steps + self._pretraining_steps)
-        return scheduler
+    def auxiliary_steps(self, num_training_steps: int) -> int:
+        """The projectors' schedule spans their steps before the student's first one too."""
+        return num_training_steps + (0 if self._is_pretrained else self._pretraining_steps)
 
     @property
-    def _pretrains(self) -> bool:
+    def _pretraining_steps(self) -> int:
         learns = self.projection is not None and self.args.student_space
-        return learns and self.args.projector_pretraining_steps > 0
+        return self.args.projector_pretraining_steps if learns else 0
 
     # One optimizer step
 
@@ -217,10 +215,13 @@ class DSKDTrainer(_KDTrainer):
     def get_batch_samples(self, *arguments: Any, **kwargs: Any) -> tuple[list, Any]:
         """As the base's; then a look at the teacher's side of the whole step."""
         self._head_may_have_changed()
-        if self.state.global_step == 0 and self._pretraining_steps:
+        if self.state.global_step == 0 and self._pretraining_steps and not self._is_pretrained:
             pretrain_projector(self, self._pretraining_steps)
-            self._pretraining_steps = 0
+        self._is_pretrained = True
+        for batch in self._step:
+            batch.clear()  # the Trainer still has them, with all the teacher's states
         batches, count = super().get_batch_samples(*arguments, **kwargs)
+        self._step = batches
         for batch in batches:
             batch["selected"] = self.select(batch)
             batch["teacher_hidden"] = teacher_states(self, batch, batch["selected"])
@@ -350,7 +351,7 @@ class DSKDTrainer(_KDTrainer):
             function = partial(args.divergence_in("student"), kd_temperature=args.kd_temperature)
             metrics = {"top1_agreement": Term(top1_agreement)}
             if self.shared_ids is not None:
-                head, teacher_head = head.at(self.shared_ids[0]), teacher_head.at(self.shared_ids[1])
+                head, teacher_head = head.at(self.shared_ids[0]), self.shared_teacher_head
         is_on_policy = selected.met(tokens.is_on_policy)
         terms = {"distance": Term(function, weights=self._weights(is_on_policy, tokens.look, "teacher"))} | metrics
         pairs = {

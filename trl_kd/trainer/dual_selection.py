@@ -22,7 +22,10 @@ class DualSelection(SelectedTokens):
         attends (`bool`, *optional*, defaults to `False`):
             Whether all tokens meet, through attention, and not partners alone.
         described (`tuple` of two `tuple`s, *optional*):
-            Of both models' tokens: the ids that are read there, and the number of their row, `(N,)` each.
+            Of the student's tokens and of the teacher's: the ids that are read there, and the number of their row, of
+            shape `(N_s,)` and `(N_t,)`.
+        sizes (`tuple[int, int, int]`, *optional*):
+            With `attends`: number of rows, and most trained tokens of one, the student's and the teacher's.
     """
 
     teacher: SelectedTokens | None = None
@@ -30,6 +33,7 @@ class DualSelection(SelectedTokens):
     rest: torch.Tensor | None = None
     attends: bool = False
     described: tuple = ()
+    sizes: tuple[int, int, int] | None = None
 
     def met(self, values: torch.Tensor) -> torch.Tensor:
         """Of values `(N_s, ...)` of the student's tokens those that meet the teacher's."""
@@ -62,21 +66,31 @@ def select_dual(inputs: dict[str, torch.Tensor], attends: bool = False) -> DualS
     partner = inputs["partner"].flatten()[student.rows + 1]
     numbers = torch.full((teacher_inputs["labels"].numel(),), -1, device=partner.device)
     numbers[teacher.rows + 1] = torch.arange(len(teacher.rows), device=partner.device)
-    has_partner = partner >= 0
-    students = has_partner.nonzero().squeeze(1)
+    # Those with a partner first; their number is all that has to be waited for
+    order = torch.argsort((partner < 0).int(), stable=True)
+    number = int((partner >= 0).sum())
+    students, rest = order[:number], order[number:]
     row = student.rows // width
     pairs = torch.stack([students, numbers[row[students] * teacher_width + partner[students]]])
     return DualSelection(
         **own,
         teacher=teacher,
         pairs=pairs,
-        rest=None if attends else (~has_partner).nonzero().squeeze(1),
+        rest=None if attends else rest,
         attends=attends,
+        sizes=_sizes(student, teacher, len(inputs["labels"])) if attends else None,
         described=(
             (inputs["input_ids"].flatten()[student.rows], row),
             (teacher_inputs["input_ids"].flatten()[teacher.rows], teacher.rows // teacher_width),
         ),
     )
+
+
+def _sizes(student: SelectedTokens, teacher: SelectedTokens, rows: int) -> tuple[int, int, int]:
+    if not len(student.rows) or not len(teacher.rows):
+        return rows, 0, 0
+    longest = torch.stack([student.positions.max(), teacher.positions.max()]) + 1
+    return rows, *longest.tolist()
 
 
 def teachers(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -100,8 +114,8 @@ class Look:
         teacher_top1 (`torch.Tensor` of shape `(N_t,)`, *optional*):
             The teacher's own most likely tokens.
         counts (`dict[str, torch.Tensor]`):
-            Numbers of tokens by source, of shape `(2,)`: `"labelled"`, `"gated"`, `"taught"` in the student's space,
-            `"teacher"` in the teacher's. Of the step, over ranks; or of this batch, in evaluation.
+            Numbers of tokens by source, of shape `(2,)`: `"labelled"`, `"taught"` in the student's space, `"teacher"`
+            in the teacher's. Of the step, over ranks; or of this batch, in evaluation.
         scales (`torch.Tensor` of shape `(3,)`, *optional*):
             Sizes of keys, states and embeddings for cross-model attention.
         ranks (`int`):

@@ -204,8 +204,8 @@ def shared_vocabulary(collator: DualCollator, sizes: tuple[int, int]) -> tuple[n
     to_student[: min(len(found), sizes[1])] = found[: sizes[1]]
     to_student[to_student >= sizes[0]] = -1
     theirs = np.flatnonzero(to_student >= 0)
-    theirs = theirs[np.argsort(to_student[theirs], kind="stable")]
-    # Several of the teacher's may stand for one of the student's
+    # Several of the teacher's may stand for one of the student's; of its ends, the one that it writes goes first
+    theirs = theirs[np.lexsort([theirs, theirs != collator.teacher.end, to_student[theirs]])]
     ours, first = np.unique(to_student[theirs], return_index=True)
     if len(ours) < 2:
         raise ValueError(

@@ -130,6 +130,10 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         """Modules that are trained jointly with the student but are no part of it."""
         return {}
 
+    def auxiliary_steps(self, num_training_steps: int) -> int:
+        """Steps that their schedule spans, in a run of so many optimizer steps."""
+        return num_training_steps
+
     def looks_ahead(self) -> bool:
         """Whether `prepare_step` must see all tokens of an optimizer step before its first `token_loss`."""
         return False
@@ -151,7 +155,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         self.teacher.prepare(self.accelerator, teacher_size)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        self.auxiliary.start(num_training_steps)
+        self.auxiliary.start(self.auxiliary_steps(num_training_steps))
         return super().create_scheduler(num_training_steps, optimizer)
 
     # One optimizer step

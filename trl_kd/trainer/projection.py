@@ -130,7 +130,7 @@ class Projection:
             teacher_values = states[:, :0]
         (_, segments), (_, teacher_segments) = selected.described
         return self.modules["attention"](
-            queries, keys / scale[0], teacher_values, student_values, segments, teacher_segments
+            queries, keys / scale[0], teacher_values, student_values, segments, teacher_segments, selected.sizes
         )
 
     def sums(self, selected: DualSelection, hidden: torch.Tensor, look: Look) -> torch.Tensor:
@@ -154,9 +154,10 @@ def scales_of(sums: torch.Tensor) -> torch.Tensor:
 
 
 def _sums(values: torch.Tensor) -> torch.Tensor:
-    values = values.double()
-    count = torch.tensor(values.numel(), dtype=torch.float64, device=values.device)
-    return torch.stack([count, values.sum(), values.square().sum()])
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64  # which has no float64
+    count = torch.tensor(values.numel(), dtype=dtype, device=values.device)
+    size = torch.linalg.vector_norm(values, dtype=dtype)
+    return torch.stack([count, values.sum(dtype=dtype), size.square()])
 
 
 def _project(projector: nn.Module, states: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Steps that the projectors take alone, before the student's first: on the teacher's side of the training data."""
 
+import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -43,18 +45,23 @@ def pretrain_projector(trainer: Any, num_steps: int) -> None:
         selected = batch["selected"] = trainer.select(batch)
         hidden = batch["teacher_hidden"] = teacher_states(trainer, batch, selected)
         with accelerator.autocast():
-            (look,) = trainer.look([batch], head, is_step=False)
+            (look,) = trainer.look([batch], head, is_step=True)
             states = trainer.projection.teacher_in_student(selected, hidden, look)
-            weights = look.is_labelled / look.is_labelled.sum().clamp_min(1)
+            weights = look.is_labelled * look.ranks / look.counts["labelled"].sum().clamp_min(1)
             term = {"ce": Term(cross_entropy, ("projected", "labels"), weights)}
             result = linear_loss({"projected": (states, head)}, term, look.labels, trainer.args.loss_chunk_size)
         result.loss.backward()
         trainer.auxiliary.step()
         bar.update()
         if number in (0, num_steps - 1):
-            value = weighted_sum(result.values["ce"], weights).item()
-            first, last = value if first is None else first, value
+            last = weighted_sum(result.values["ce"], weights).item()
+            first = last if first is None else first
     bar.close()
+    if last is not None and not math.isfinite(last):
+        raise FloatingPointError(
+            f"The projectors' cross-entropy is {last} after {num_steps} steps alone, so they would teach the student "
+            "nothing. Lower `aux_learning_rate`, and load the teacher in bfloat16 or float32."
+        )
     logger.info(f"{num_steps} steps of the projectors alone took their cross-entropy from {first:.3f} to {last:.3f}.")
 
 
@@ -62,12 +69,15 @@ def _batches(trainer: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of the training data without end, other ones on each rank."""
     args, dataset = trainer.args, trainer.train_dataset
     generator = torch.Generator().manual_seed(rollout_seed(args.seed, -2, trainer.accelerator.process_index))
+    is_stream = isinstance(dataset, IterableDataset)
     loader = DataLoader(
         dataset,
         args.per_device_train_batch_size,
-        shuffle=None if isinstance(dataset, IterableDataset) else True,
+        shuffle=None if is_stream else True,
         collate_fn=trainer.data_collator,
         generator=generator,
     )
+    rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
     while True:
-        yield from loader
+        # A stream comes to every rank alike
+        yield from islice(loader, rank, None, ranks) if is_stream else loader
