@@ -3,8 +3,8 @@ Distil a teacher into a student with another tokenizer, with DSKD and LoRA.
 
     python examples/dskd.py
 
-The dataset has `messages`: each model reads a conversation by its own chat template, and the tokens that both cut at
-the same places of the answer are compared.
+The dataset has `messages`: each model reads a conversation by its own chat template, and the two are compared wherever
+both have read the same part of the answer.
 """
 
 from datasets import load_dataset
@@ -20,6 +20,7 @@ trainer = DSKDTrainer(
     teacher_model="Qwen/Qwen2.5-1.5B-Instruct",
     args=DSKDConfig(
         output_dir="SmolLM2-360M-DSKD",
+        preset="context",
         # Frozen weights in bfloat16; the adapter is float32
         model_init_kwargs={"dtype": "bfloat16"},
         learning_rate=1e-4,
