@@ -310,10 +310,10 @@ def _match(student: _Text, teacher: _Text) -> np.ndarray:
 def _solid_pairs(student: _Text, teacher: _Text, matched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tokens whose solid bytes are the same ones."""
     i, j = (np.flatnonzero(side.last > side.first) for side in (student, teacher))
-    if not len(i) or not len(j):
-        return i[:0], j[:0]
+    if not len(j):
+        return i[:0], j
     start, end = matched[student.first[i]], matched[student.last[i] - 1]
-    width = len(teacher.solid) + 1
+    width = len(teacher.solid)
     places = np.where((start >= 0) & (end >= 0), start * width + end, -1)
     teacher_places = teacher.first[j] * width + teacher.last[j] - 1
     k = np.searchsorted(teacher_places, places).clip(max=len(j) - 1)
