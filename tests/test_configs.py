@@ -97,7 +97,7 @@ EXAMPLES = {
     "init_vocab_size": ("20000", 20000),
     "cma_norm_scope": ("padded", "padded"),
     "projector_hidden_size": ("64", 64),
-    "projector_warmup_steps": ("10", 10),
+    "projector_pretraining_steps": ("10", 10),
     "dataset_name": ("prompts.jsonl", "prompts.jsonl"),
     "dataset_config": ("main", "main"),
     "dataset_split": ("test", "test"),
