@@ -1,12 +1,12 @@
 """
 Checks and times what needs a GPU, in one call.
 
-    python examples/benchmarks/gpu_check.py --tokenizer <folder> --output_file gpu.json
+    python examples/benchmarks/gpu_check.py --tokenizer <folder> --teacher_tokenizer <folder> --output_file gpu.json
 
 1. The gradients of every loss on a real vocabulary (151,936 tokens) against the plain form in float64.
 2. Time and peak memory in bfloat16 beside bare matrix products and TRL's losses, as `loss_bench.py` measures them.
 3. A few steps of AMMTrainer with rollouts on random models of that vocabulary, with LoRA and without, with each kind
-   of critic and the full on-policy gradient: time, memory.
+   of critic and the full on-policy gradient, and of DSKDTrainer, with one vocabulary and with two: time, memory.
 
 Stops where a gradient is wrong or a loss not finite.
 
@@ -30,7 +30,7 @@ from loss_bench import OURS, SIGNED, Setting, gradient_errors, measure
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trl_kd import AMMConfig, AMMTrainer
+from trl_kd import AMMConfig, AMMTrainer, DSKDConfig, DSKDTrainer
 
 
 def check_losses(device: str, shape: Shape) -> dict[str, Any]:
@@ -58,34 +58,45 @@ GAMES = {
     "learned, low rank": {"critic": "value_head", "critic_head": "low_rank"},
     "full gradient": {"on_policy_gradient": "full"},
 }
+DUAL = {
+    "DSKD v1": {"preset": "v1"},
+    "DSKD v2": {"preset": "v2"},
+    "DSKD v2, full fine-tuning": {"preset": "v2", "lora": False},
+    "DSKD v2, two vocabularies": {"alignment": "eta"},
+    "DSKD v1, attention": {"alignment": "cma", "preset": "v1"},
+    "DSKD, context": {"alignment": "eta", "preset": "context", "projector_pretraining_steps": 20},
+    "simple": {"alignment": "eta", "objective": "simple"},
+}
 
 
 def check_training(
-    device: str, width: int, layers: int, tokenizer_path: str, lora: bool = True, **options
+    device: str, width: int, layers: int, paths: list[str], method: str = "amm", lora: bool = True, **options
 ) -> dict[str, float]:
-    """Five AMM steps on random models, in two micro-batches each."""
+    """Five steps on random models, in two micro-batches each. `paths`: tokenizers of student and teacher."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    config_class, trainer_class = {"amm": (AMMConfig, AMMTrainer), "dskd": (DSKDConfig, DSKDTrainer)}[method]
+    tokenizer, teacher_tokenizer = (AutoTokenizer.from_pretrained(path) for path in paths)
     models = []
-    for factor in (1, 2):
+    for factor, own in ((1, tokenizer), (2, teacher_tokenizer)):
         config = LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=len(own),
             hidden_size=factor * width,
             intermediate_size=3 * factor * width,
             num_hidden_layers=layers,
             num_attention_heads=8,
             num_key_value_heads=4,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=own.eos_token_id,
         )
         models.append(LlamaForCausalLM(config).to(device, torch.bfloat16))
     rows = [{"prompt": "Tell a story. " * 8, "completion": " Once upon a time." * 8}] * 64
     with tempfile.TemporaryDirectory() as folder:
-        args = AMMConfig(
+        args = config_class(
             folder,
             max_steps=5,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
+            lmbda=0.5,
             max_completion_length=64,
             logging_steps=1,
             save_strategy="no",
@@ -94,8 +105,9 @@ def check_training(
             **options,
         )
         peft_config = LoraConfig(r=8, target_modules="all-linear") if lora else None
-        trainer = AMMTrainer(
-            *models, args, Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config
+        own = {"teacher_processing_class": teacher_tokenizer} if method == "dskd" else {}
+        trainer = trainer_class(
+            *models, args, Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config, **own
         )
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -112,18 +124,23 @@ def check_training(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="Folder of a tokenizer, for the training check.")
+    parser.add_argument("--teacher_tokenizer", help="Another one, for DSKD with two vocabularies. Default: left out.")
     parser.add_argument("--output_file", help="JSON file for the figures.")
     parser.add_argument("--small", action="store_true", help="Tiny sizes, for a CPU.")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape, layers = ((96, 64, 64, 2000), 2) if args.small else ((8192, 2048, 2048, 151936), 8)
+    width, own, other = 64 if args.small else 1024, args.tokenizer, args.teacher_tokenizer
+    runs = {name: ([own, own], {"method": "amm"} | options) for name, options in GAMES.items()}
+    for name, options in DUAL.items():
+        if other or "alignment" not in options:
+            runs[name] = ([own, other if "alignment" in options else own], {"method": "dskd"} | options)
     report = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "losses": check_losses(device, shape),
         "training": {
-            name: check_training(device, 64 if args.small else 1024, layers, args.tokenizer, **options)
-            for name, options in GAMES.items()
+            name: check_training(device, width, layers, paths, **options) for name, (paths, options) in runs.items()
         },
     }
     text = json.dumps(report, indent=2)

@@ -81,15 +81,18 @@ class Lookout:
         # What the student has written is nothing to learn for the projector
         if not self.teaches or not (uses_top1 or args.lmbda > 0):
             return Look(labels, everything, everything, None, {})
-        found = top1(selected.partners(hidden), self.teacher.head, args.loss_chunk_size)
+        is_on_policy = selected.met(selected.is_on_policy)
+        if args.eta_pairs == "context":  # the two models' tokens need not be the same there
+            return Look(labels, ~is_on_policy, everything, None, {})
+        if selected.attends and uses_top1:
+            teacher_top1 = top1(hidden, self.teacher.head, args.loss_chunk_size)
+            found = selected.partners(teacher_top1)
+        else:
+            found = top1(selected.partners(hidden), self.teacher.head, args.loss_chunk_size)
         found = found if self.to_student is None else self.to_student[found]
         if selected.attends:
-            if uses_top1:
-                teacher_top1 = top1(hidden, self.teacher.head, args.loss_chunk_size)
             found = torch.full_like(labels, -1).index_copy(0, selected.pairs[0], found)
-        if args.eta_pairs == "context":
-            found = torch.full_like(found, -1)  # the two models' tokens need not be the same there
-        labels = found if uses_top1 else torch.where(selected.met(selected.is_on_policy), found, labels)
+        labels = found if uses_top1 else torch.where(is_on_policy, found, labels)
         return Look(labels.clamp_min(0), labels >= 0, everything, teacher_top1, {})
 
     def _with_scales(self, batches: list[dict[str, Any]], looks: list[Look], is_step: bool) -> list[Look]:
