@@ -27,31 +27,13 @@ trl-kd amm \
 ```
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+
+from trl_kd.scripts import training
 
 
-if TYPE_CHECKING:
-    from trl import TrlParser
-
-
-def make_parser(prog: str | None = None) -> "TrlParser":
-    """Parser of every option of the script, the trainer, the models and the data."""
-    from trl_kd import AMMConfig
-    from trl_kd.scripts import training
-
-    description = "Distil a teacher into a student by adversarial moment matching (AMM)."
-    return training.make_parser(AMMConfig, "trl_kd.scripts.amm", description, prog)
-
-
-def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse the command line and train."""
-    from trl_kd.scripts import training
-
-    parsed = training.parse(make_parser(prog), arguments)
-    from trl_kd import AMMTrainer
-
-    training.train(AMMTrainer, *parsed)
+make_parser = partial(training.make_parser, "amm")
+run = partial(training.run, "amm")
 
 
 if __name__ == "__main__":

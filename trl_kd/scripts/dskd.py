@@ -27,31 +27,13 @@ trl-kd dskd \
 ```
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+
+from trl_kd.scripts import training
 
 
-if TYPE_CHECKING:
-    from trl import TrlParser
-
-
-def make_parser(prog: str | None = None) -> "TrlParser":
-    """Parser of every option of the script, the trainer, the models and the data."""
-    from trl_kd import DSKDConfig
-    from trl_kd.scripts import training
-
-    description = "Distil a teacher into a student by dual-space distillation (DSKD), also across tokenizers."
-    return training.make_parser(DSKDConfig, "trl_kd.scripts.dskd", description, prog)
-
-
-def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse the command line and train."""
-    from trl_kd.scripts import training
-
-    parsed = training.parse(make_parser(prog), arguments)
-    from trl_kd import DSKDTrainer
-
-    training.train(DSKDTrainer, *parsed)
+make_parser = partial(training.make_parser, "dskd")
+run = partial(training.run, "dskd")
 
 
 if __name__ == "__main__":

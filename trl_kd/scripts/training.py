@@ -1,7 +1,7 @@
 """What the training commands share: options, data, one run."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -94,15 +94,28 @@ def load_datasets(script_args, training_args, dataset_args) -> tuple:
     return train_dataset, select_split(splits, script_args.dataset_test_split, "dataset_test_split")
 
 
-def make_parser(config_class: type, module: str, description: str, prog: str | None = None) -> "TrlParser":
+# Command -> its configuration, its trainer, and what it does
+METHODS = {
+    "amm": ("AMMConfig", "AMMTrainer", "Distil a teacher into a student by adversarial moment matching (AMM)."),
+    "dskd": (
+        "DSKDConfig",
+        "DSKDTrainer",
+        "Distil a teacher into a student by dual-space distillation (DSKD), also across tokenizers.",
+    ),
+}
+
+
+def make_parser(method: str, prog: str | None = None) -> "TrlParser":
     """Parser of every option of the script, the trainer, the models and the data."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+    import trl_kd
     from trl_kd.scripts.arguments import HelpFormatter
     from trl_kd.scripts.launch import launch_help
 
+    config, _, description = METHODS[method]
     return TrlParser(
-        (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig),
+        (ScriptArguments, getattr(trl_kd, config), ModelConfig, DatasetMixtureConfig),
         prog=prog,
         allow_abbrev=False,
         # Argparse would print the several hundred options before every error message.
@@ -110,13 +123,15 @@ def make_parser(config_class: type, module: str, description: str, prog: str | N
         description=f"{description}\n\n"
         "--config FILE.yaml sets any option; the command line wins. --dataset_name takes a Hub name, a local .jsonl,\n"
         ".jsonl.gz, .json or .parquet file (its rows are the split `train`), or a folder with one file per split.",
-        epilog=launch_help(module),
+        epilog=launch_help(f"trl_kd.scripts.{method}"),
         formatter_class=HelpFormatter,
     )
 
 
-def parse(parser: "TrlParser", arguments: Sequence[str] | None) -> tuple[Any, ...]:
-    """Parse the command line; leave with one line if it is wrong."""
+def run(method: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse the command line and train; leave with one line if it is wrong."""
+    import trl_kd
     from trl_kd.scripts.arguments import parse_options
 
-    return parse_options(parser, arguments, check=check_arguments)
+    parsed = parse_options(make_parser(method, prog), arguments, check=check_arguments)
+    train(getattr(trl_kd, METHODS[method][1]), *parsed)
