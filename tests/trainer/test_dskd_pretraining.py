@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.trainer.dual import dual_pair, make_other_tokenizer, make_trainer, recorded_run
+from tests.trainer.dual import dual_pair, make_other_tokenizer, make_trainer, recorded_run, short_rows
 from tests.trainer.runs import logged, same, state_of, weights
 from trl_kd.modules import ResidualProjector, make_projector
 from trl_kd.trainer.projector_pretraining import pretrain_projector
@@ -225,3 +225,25 @@ def test_teacher_of_few_positions_reads_no_further(tokenizer, other, tmp_path):
     completed = trainer.row_format.complete(row, completion, "student")
     assert len(completed["teacher_input_ids"]) == len(completed["teacher_labels"]) == 512
     assert completed["input_ids"][row["prompt_length"] :] == completion
+
+
+def test_evaluation_maps_by_the_head_that_training_left(tokenizer, tmp_path):
+    trainer = make_trainer(
+        dual_pair(tokenizer), (tokenizer, tokenizer), tmp_path, eval_rows=short_rows(4), max_steps=1
+    )
+    before, _ = trainer.projection._recomputed(trainer.student_head())
+    trainer.train()
+    trainer.evaluate()
+    expected, _ = trainer.projection._recomputed(trainer.student_head())
+    assert not torch.equal(expected, before)
+    assert torch.equal(trainer.projection._map[0], expected)
+
+
+def test_teacher_ends_and_fills_its_texts_with_its_own_tokens(tokenizer, other, tmp_path):
+    trainer = make_trainer(dual_pair(tokenizer, other), (tokenizer, other), tmp_path, alignment="eta")
+    asked = []
+    trainer.teacher.generate = lambda *arguments: asked.append(arguments)
+    trainer.write_with_teacher([[5, 6]], 7)
+    # Which has no pad token
+    assert asked == [([[5, 6]], trainer.sampling, other.eos_token_id, [other.eos_token_id], 7)]
+    assert other.eos_token_id != tokenizer.eos_token_id

@@ -81,7 +81,7 @@ class TokenBytes:
         backend = tokenizer.backend_tokenizer
         description = json.loads(backend.to_str())
         steps, model = _decoder_steps(description), description["model"]
-        has_byte_tokens = {"type": "ByteFallback"} in steps or model.get("byte_fallback", False)
+        has_byte_tokens = {"type": "ByteFallback"} in steps or model.get("byte_fallback")
         vocabulary, added = backend.get_vocab(with_added_tokens=False), tokenizer.added_tokens_decoder
         eos_token_ids = [*eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
