@@ -247,3 +247,21 @@ def test_teacher_ends_and_fills_its_texts_with_its_own_tokens(tokenizer, other, 
     # Which has no pad token
     assert asked == [([[5, 6]], trainer.sampling, other.eos_token_id, [other.eos_token_id], 7)]
     assert other.eos_token_id != tokenizer.eos_token_id
+
+
+def test_teachers_prompt_that_fills_its_length_is_dropped(tokenizer, other, tmp_path):
+    rows = [{"prompt": "What is the fox", "completion": " green"}] * 4
+    length = len(other("What is the fox")["input_ids"])
+    with pytest.raises(ValueError, match="the prompt leaves no room for a completion within the teacher's"):
+        make_trainer(dual_pair(tokenizer, other), (tokenizer, other), tmp_path, rows, teacher_max_length=length)
+    options = {"alignment": "eta", "teacher_max_length": length + 1}
+    trainer = make_trainer(dual_pair(tokenizer, other), (tokenizer, other), tmp_path, rows, **options)
+    assert {len(row["teacher_input_ids"]) for row in trainer.train_dataset} == {length + 1}
+
+
+def test_projectors_take_states_of_half_precision(tokenizer, tmp_path):
+    trainer = make_trainer(dual_pair(tokenizer), (tokenizer, tokenizer), tmp_path)
+    states = torch.randn(3, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    projected = trainer.projection.into_student(states)
+    assert projected.dtype == torch.float32
+    assert torch.equal(projected, trainer.projection.into_student(states.float()))
