@@ -1042,6 +1042,17 @@ def test_top1_is_the_largest_logit_of_each_row(chunk_size, options):
     assert len(set(found.tolist())) > 2
 
 
+def test_top1_computes_no_more_rows_at_a_time_than_asked():
+    class Recorder(LMHead):
+        def __call__(self, hidden_states):
+            sizes.append(len(hidden_states))
+            return super().__call__(hidden_states)
+
+    sizes = []
+    top1(normal(11, 4, seed=0), Recorder(normal(9, 4, seed=1)), chunk_size=4)
+    assert sizes == [4, 4, 3]
+
+
 def test_top1_no_rows_are_no_tokens():
     found = top1(torch.zeros(0, 4), LMHead(torch.zeros(9, 4)))
     assert found.shape == (0,) and found.dtype == torch.long

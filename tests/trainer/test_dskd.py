@@ -132,6 +132,12 @@ def test_projectors_start_from_the_map_that_keeps_the_logits(tokenizer, other, t
         assert relative_error(trainer.record[0].modules["teacher_to_student.weight"], expected) < 1e-6
 
 
+def test_projectors_that_keep_the_logits_start_without_an_offset(tokenizer, tmp_path):
+    options = {"projector_bias": True, "student_to_teacher": "learned"}
+    modules = make_trainer(dual_pair(tokenizer), (tokenizer, None), tmp_path, **options).auxiliary.modules
+    assert [modules[name].bias.any().item() for name in ("teacher_to_student", "student_to_teacher")] == [False] * 2
+
+
 # Identities
 
 

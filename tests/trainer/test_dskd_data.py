@@ -14,7 +14,9 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models
 from transformers import ByT5Tokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from tests.tiny import make_tokenizer
 from tests.trainer.dual import (
+    OTHER_TEXT,
     dual_config,
     dual_pair,
     make_other_tokenizer,
@@ -404,12 +406,15 @@ def test_teacher_max_length_is_its_longest_context_by_default(tokenizer, other, 
     assert len(trainer.train_dataset[0]["teacher_input_ids"]) == 32 < len(trainer.train_dataset[0]["input_ids"])
 
 
-def test_prompt_that_is_too_long_for_the_teacher_is_dropped_with_its_number(build, caplog):
+@pytest.mark.parametrize("room", [0, 1])
+def test_prompt_that_is_too_long_for_the_teacher_is_dropped_with_its_number(other, build, caplog, room):
     rows = list(short_rows(4)) + [{"prompt": PROMPT * 6, "completion": ANSWER}]
+    length = len(other(PROMPT * 6)["input_ids"]) + room
     with caplog.at_level(logging.WARNING, logger="trl_kd"):
-        trainer = build(rows, alignment="eta", teacher_max_length=20)
-    assert len(trainer.train_dataset) == 4
-    assert "no room for a completion within the teacher's `teacher_max_length` (1 rows)" in caplog.text
+        trainer = build(rows, alignment="eta", teacher_max_length=length)
+    assert len(trainer.train_dataset) == 4 + room
+    reason = "no room for a completion within the teacher's `teacher_max_length` (1 rows)"
+    assert (reason in caplog.text) == (room == 0)
 
 
 # Bad input
@@ -511,6 +516,12 @@ def test_one_vocabulary_is_judged_by_the_tokenizer_that_is_passed(tokenizer, tmp
     padded.resize_token_embeddings(len(tokenizer) + 24)
     trainer = make_trainer((student, padded), (tokenizer, copy.deepcopy(tokenizer)), tmp_path)
     assert trainer.args.alignment == "same" and trainer.vocab_size == len(tokenizer)
+
+
+def test_two_vocabularies_of_one_size_are_two(tmp_path):
+    tokenizers = make_tokenizer(vocab_size=300), make_tokenizer(OTHER_TEXT, vocab_size=300)
+    assert len(tokenizers[0]) == len(tokenizers[1])
+    assert make_trainer(dual_pair(*tokenizers), tokenizers, tmp_path).args.alignment == "eta"
 
 
 def test_chat_template_missing_on_the_teachers_side_raises(build, other):

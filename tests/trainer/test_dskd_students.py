@@ -144,6 +144,19 @@ def test_bfloat16_stays_near_float32(tokenizer, other, tmp_path, alignment):
         assert half != full and half == pytest.approx(full, rel=3e-2), name
 
 
+@pytest.mark.parametrize("alignment", ["same", "eta", "cma"])
+def test_teacher_in_bfloat16_teaches_a_student_in_float32(tokenizer, other, tmp_path, alignment):
+    (student, teacher), tokenizers, options = kind_of(alignment, tokenizer, other)
+    teacher = teacher.bfloat16()
+    runs = [
+        recorded_run((copy.deepcopy(student), model), tokenizers, tmp_path, max_steps=1, gate="none", **options)
+        for model in (copy.deepcopy(teacher).float(), teacher)
+    ]
+    assert {parameter.dtype for parameter in runs[1].auxiliary.modules.parameters()} == {torch.float32}
+    full, half = (logged(run, "loss")[0] for run in runs)
+    assert half != full and half == pytest.approx(full, rel=1e-2)
+
+
 # What is trained and saved
 
 KINDS = {"same": {}, "eta": {}, "cma": {"preset": "v1"}}

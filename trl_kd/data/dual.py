@@ -48,7 +48,7 @@ class Side:
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             end = formatter({"messages": turns})["input_ids"][-1]
         pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return cls(formatter, TokenBytes(tokenizer, formatter.eos_token_ids), end, pad)
+        return cls(formatter, TokenBytes(tokenizer, [end, *sorted(formatter.eos_token_ids)]), end, pad)
 
     def split_end(self, ids: list[int]) -> tuple[list[int], bool]:
         """Ids without the token that ends them, and whether there was one."""
