@@ -265,3 +265,10 @@ def test_projectors_take_states_of_half_precision(tokenizer, tmp_path):
     projected = trainer.projection.into_student(states)
     assert projected.dtype == torch.float32
     assert torch.equal(projected, trainer.projection.into_student(states.float()))
+
+
+def test_projectors_and_attention_leave_the_random_state_alone(tokenizer, other, tmp_path):
+    trainer = make_trainer(dual_pair(tokenizer, other), (tokenizer, other), tmp_path, alignment="cma", preset="v1")
+    before = torch.get_rng_state()
+    trainer.auxiliary_modules()
+    assert torch.equal(torch.get_rng_state(), before)

@@ -95,8 +95,10 @@ def logit_invariant_map(
 
     Note:
         The authors take the pseudo-inverse of a head, (V x H). This is the same map from the Gram matrix B' B, (H x H)
-        and summed over chunks of the vocabulary in float64. Biases of heads are ours (none of their models has any):
-        the difference of the biases is taken over as nearly as possible, by a bias of the map.
+        and summed over chunks of the vocabulary in float64, for heads whose directions are all well above rounding:
+        the default cutoff of a float32 pseudo-inverse grows with V and drops weak ones, ours does not. Biases of heads
+        are ours (none of their models has any): the difference of the biases is taken over as nearly as possible, by a
+        bias of the map.
 
     Args:
         source ([`LMHead`]):

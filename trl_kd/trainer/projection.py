@@ -59,7 +59,8 @@ class Projection:
                     f"The teacher's input embeddings are {theirs} wide and its last hidden states {width}, but "
                     "cross-model attention adds them up. Use `alignment='eta'`, or a teacher with equal widths."
                 )
-            attention = CrossModelAttention(own, theirs, bias=args.projector_bias)
+            with torch.random.fork_rng(devices=[]):  # its own draw is replaced
+                attention = CrossModelAttention(own, theirs, bias=args.projector_bias)
             attention.query = make_projector(2 * own, 2 * theirs, args.projector_bias, args.seed + 2)
             self.modules["attention"] = attention
 
