@@ -8,6 +8,7 @@ the models' own hidden states, without selection, chunks, padding or the package
 import copy
 import gc
 import json
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,10 +42,18 @@ INSTRUCT_TEMPLATE = (
 
 SOURCES = ("off_policy", "on_policy")
 
-# What the two versions of the method say where nothing else is asked for
+# What the versions of the method say where nothing else is asked for
 VERSIONS = {
-    "v1": {"label": "gold", "gate": False, "gated_mean": False, "bias": True, "recomputed": False},
+    "v1": {
+        "label": "gold",
+        "gate": False,
+        "gated_mean": False,
+        "bias": True,
+        "recomputed": False,
+        "teacher_space_divergence": "forward_kl",
+    },
     "v2": {"label": "teacher_top1", "gate": True, "gated_mean": True, "bias": False, "recomputed": True},
+    "context": {"label": "gold", "gate": False, "gated_mean": False, "bias": False, "recomputed": True},
 }
 
 
@@ -308,8 +317,11 @@ def read(model, ids, labels):
     )
 
 
-def literal_partners(student, teacher, tokenizers):
-    """Pairs of trained tokens that cover the same characters of the same completion, or both end it."""
+def literal_partners(student, teacher, tokenizers, by="token"):
+    """
+    Pairs of trained tokens that cover the same characters of the same completion, or both end it; by context, that
+    begin at the same character.
+    """
 
     def spans(side, tokenizer):
         place, found = 0, []
@@ -318,7 +330,7 @@ def literal_partners(student, teacher, tokenizers):
                 found.append("end")
                 continue
             text = tokenizer.decode([label])
-            found.append((place, place + len(text)))
+            found.append((place, place + len(text)) if by == "token" else place)
             place += len(text)
         return found
 
@@ -365,13 +377,14 @@ def plain_step(trainer, number, models, tokenizers, alignment, version="v2", **o
     teacher.requires_grad_(False)
     modules = {name: value.double().requires_grad_() for name, value in record.modules.items()}
     values, denominators = Values(), Values()
-    rows = read_rows(record, student, teacher, tokenizers, alignment)
+    how.is_context = alignment == "eta" and args.eta_pairs == "context"
+    rows = read_rows(record, student, teacher, tokenizers, alignment, "context" if how.is_context else "token")
     if args.objective == "dual_space":
-        assert ("teacher_to_student.bias" in modules) == (how.bias and args.student_space)
-        assert ("student_to_teacher.weight" in modules) == (not how.recomputed and args.teacher_space)
+        check_modules(modules, args, how)
         to_student, to_teacher = projector(modules, "teacher_to_student"), projector(modules, "student_to_teacher")
         if how.recomputed and args.teacher_space:
-            to_teacher = map_that_keeps_logits(student, teacher, *shared_tokens(args, tokenizers))
+            pair = map_that_keeps_logits(student, teacher, *shared_tokens(args, tokenizers))
+            to_teacher = partial(project, pair)
         if alignment == "cma":
             attended(rows, record, args, student, teacher, modules, to_student, to_teacher)
         else:
@@ -389,13 +402,23 @@ def plain_step(trainer, number, models, tokenizers, alignment, version="v2", **o
     return loss.item(), values, gradients
 
 
+def check_modules(modules, args, how):
+    """A run has the projectors that it was asked for."""
+    linear = ".linear" if args.projector_hidden_size else ""
+    assert (f"teacher_to_student{linear}.weight" in modules) == args.student_space
+    assert (f"teacher_to_student{linear}.bias" in modules) == (how.bias and args.student_space)
+    assert (f"student_to_teacher{linear}.weight" in modules) == (not how.recomputed and args.teacher_space)
+    if args.projector_hidden_size:
+        assert len(modules["teacher_to_student.inner.weight"]) == args.projector_hidden_size
+
+
 def mixed_reference(values, student):
     """The text alone, not what the student has written."""
     found = values["off_policy"]
     return sum(found) / len(found) if found else 0.0 * student.get_output_embeddings().weight.sum()
 
 
-def read_rows(record, student, teacher, tokenizers, alignment):
+def read_rows(record, student, teacher, tokenizers, alignment, by):
     rows = []
     for number, batch in enumerate(record.batches):
         prefix = "" if alignment == "same" else "teacher_"
@@ -403,15 +426,30 @@ def read_rows(record, student, teacher, tokenizers, alignment):
         for own, theirs, on_policy in sides:
             s, t = read(student, *own), read(teacher, *theirs)
             pairs = (
-                literal_partners(s, t, tokenizers) if alignment != "same" else [(i, i) for i in range(len(s.labels))]
+                literal_partners(s, t, tokenizers, by)
+                if alignment != "same"
+                else [(i, i) for i in range(len(s.labels))]
             )
             rows.append(SimpleNamespace(s=s, t=t, source=SOURCES[on_policy], pairs=pairs, batch=number))
     return rows
 
 
 def projector(modules, name):
-    """Weight and bias, `None` for what a run has not."""
-    return (modules[f"{name}.weight"], modules.get(f"{name}.bias")) if f"{name}.weight" in modules else None
+    """What a projector does to a state, `None` for one that a run has not."""
+    if f"{name}.linear.weight" in modules:
+        inner, outer = (modules.get(f"{name}.{part}.weight") for part in ("inner", "outer"))
+        offset, linear = modules[f"{name}.inner.bias"], projector(modules, f"{name}.linear")
+
+        def bent(state):
+            normed = state / (state.square().mean() + torch.finfo(torch.float32).eps).sqrt()
+            x = inner @ normed + offset
+            return linear(state) + outer @ (x * (1 + torch.erf(x / 2**0.5)) / 2)
+
+        return bent
+    if f"{name}.weight" not in modules:
+        return None
+    pair = modules[f"{name}.weight"], modules.get(f"{name}.bias")
+    return partial(project, pair)
 
 
 def map_that_keeps_logits(source, target, source_ids, target_ids):
@@ -435,8 +473,8 @@ def shared_tokens(args, tokenizers):
 def projected(rows, to_student, to_teacher):
     """Token by token: of each pair the teacher's state in the student's space, and the other way round."""
     for row in rows:
-        row.at_student = {i: project(to_student, row.t.hidden[j]) for i, j in row.pairs} if to_student else {}
-        row.at_teacher = {j: project(to_teacher, row.s.hidden[i]) for i, j in row.pairs} if to_teacher else {}
+        row.at_student = {i: to_student(row.t.hidden[j]) for i, j in row.pairs} if to_student else {}
+        row.at_teacher = {j: to_teacher(row.s.hidden[i]) for i, j in row.pairs} if to_teacher else {}
 
 
 def attended(rows, record, args, student, teacher, modules, to_student, to_teacher):
@@ -452,13 +490,12 @@ def attended(rows, record, args, student, teacher, modules, to_student, to_teach
         scales = padded_scales(batch, in_batch, teacher) if args.cma_norm_scope == "padded" else valid_scales(rows)
         for row in in_batch:
             states = row.t.hidden / scales[1] + row.predicted / scales[2]
-            teacher_values = (
-                states[:, :0] if to_student is None else torch.stack([project(to_student, h) for h in states])
-            )
+            teacher_values = states[:, :0] if to_student is None else torch.stack([to_student(h) for h in states])
             student_values = row.s.hidden[:, :0]
             if to_teacher is not None:
-                student_values = torch.stack([project(to_teacher, h) for h in row.s.hidden])
-            query, keys = projector(modules, "attention.query"), row.keys / scales[0]
+                student_values = torch.stack([to_teacher(h) for h in row.s.hidden])
+            query = modules["attention.query.weight"], modules.get("attention.query.bias")
+            keys = row.keys / scales[0]
             at_student, at_teacher = cross_model_attention(query, row.queries, keys, teacher_values, student_values)
             row.at_student = dict(enumerate(at_student)) if to_student else {}
             row.at_teacher = dict(enumerate(at_teacher)) if to_teacher else {}
@@ -498,6 +535,7 @@ def add_row(row, values, denominators, args, how, student, teacher, tokenizers, 
         label = row.s.labels[i].item()
         if how.label == "teacher_top1" or source == "on_policy":
             label = to_student.get(row.t.logits[partner[i]].argmax().item(), -1) if i in partner else -1
+            label = -1 if how.is_context else label  # the next tokens need not be the same
         logits = logits_at(student, state)
         value = divergence(args.divergence, row.s.logits[i], logits, args, args.teacher_temperature)
         values["student_space_kd"][source].append(value)
@@ -506,15 +544,13 @@ def add_row(row, values, denominators, args, how, student, teacher, tokenizers, 
             values["projector_ce"][source].append(-logits.log_softmax(-1)[label])
             values["projector_agreement"][source].append(agrees)
             values["student_agreement"][source].append(row.s.logits[i].argmax().item() == label)
-        is_open = agrees if how.gate else True
+        is_open = agrees or (how.is_context and label < 0) if how.gate else True
         values["gate"][source].append(is_open)
         if is_open:
             values["taught"][source].append(value)
         if is_open or not how.gated_mean:
             denominators["taught"][source].append(1)
-    name = args.divergence if "teacher_space_divergence" not in vars(how) else how.teacher_space_divergence
-    if how.label == "gold" and "teacher_space_divergence" not in vars(how):
-        name = "forward_kl"
+    name = vars(how).get("teacher_space_divergence", args.divergence)
     for j, state in row.at_teacher.items():
         value = divergence(name, logits_at(teacher, state), row.t.logits[j], args)
         values["teacher_space_kd"][source].append(value)

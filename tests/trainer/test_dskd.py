@@ -39,7 +39,7 @@ def other():
 SAMPLED = {"lmbda": 0.5, "on_policy_weight": 0.3, "kd_rate": 0.7}
 DIVERGENCES = {
     name: ("v2", {"divergence": name, "skew": 0.3, "adaptive_head": 0.7, "kd_temperature": 1.5}, {})
-    for name in ("reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "total_variation")
+    for name in ("skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "total_variation")
 }
 ONE_VOCABULARY = DIVERGENCES | {
     "v2": ("v2", {}, {}),
@@ -81,6 +81,8 @@ def assert_not_trivial(values, args):
         assert 0 < sum(gates) < len(gates)
 
 
+# Without the steps that the projectors take alone
+CONTEXT = {"projector_pretraining_steps": 0, "projector_hidden_size": 8} | SAMPLED
 # Until the projectors find some labels
 CMA = {"max_steps": 5, "aux_learning_rate": 0.1}
 TWO_VOCABULARIES = {
@@ -89,6 +91,15 @@ TWO_VOCABULARIES = {
     "eta_sampled": ("eta", "v2", SAMPLED, {}),
     "eta_v1_sampled": ("eta", "v1", SAMPLED, {}),
     "eta_few_tokens": ("eta", "v2", {"init_vocab_size": 200}, {}),
+    "eta_context": ("eta", "context", CONTEXT, {}),
+    "eta_context_gated": (
+        "eta",
+        "context",
+        CONTEXT
+        | {"teacher_space": True, "gate": "agreement", "gate_normalization": "gated"}
+        | {"max_steps": 3, "aux_learning_rate": 0.03},
+        {"gate": True, "gated_mean": True},
+    ),
     "cma_v1": ("cma", "v1", CMA, {}),
     "cma_v2": ("cma", "v2", CMA, {}),
     "cma_sampled": ("cma", "v1", CMA | SAMPLED, {}),

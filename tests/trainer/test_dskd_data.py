@@ -198,12 +198,13 @@ def test_token_ids_are_written_again_by_the_teachers_tokenizer(tokenizer, other,
         trainer.train()
 
 
-def test_token_ids_that_begin_with_trained_text(tokenizer, other, build):
-    row = {"input_ids": tokenizer(PROMPT + ANSWER)["input_ids"]}
+@pytest.mark.parametrize("ends", [("", ""), (END, OTHER_END)])
+def test_token_ids_that_begin_with_trained_text(tokenizer, other, build, ends):
+    row = {"input_ids": tokenizer(PROMPT + ANSWER + ends[0])["input_ids"]}
     trainer = build([row] * 4, alignment="eta")
     assert sides(trainer.train_dataset[0], tokenizer, other) == [
-        ["", PROMPT + ANSWER],
-        ["", "<s>" + PROMPT + ANSWER],
+        ["", PROMPT + ANSWER + ends[0]],
+        ["", "<s>" + PROMPT + ANSWER + ends[1]],
     ]
 
 
@@ -417,6 +418,15 @@ def test_prompt_that_is_too_long_for_the_teacher_is_dropped_with_its_number(othe
     assert (reason in caplog.text) == (room == 0)
 
 
+def test_row_that_only_the_teacher_cannot_read_is_dropped_with_its_number(tokenizer, other, tmp_path, caplog):
+    """The student has a BOS to start from, the teacher has none."""
+    rows = list(short_rows(4)) + [{"prompt": "", "completion": ANSWER}]
+    with caplog.at_level(logging.WARNING, logger="trl_kd"):
+        trainer = make_trainer(dual_pair(other, tokenizer), (other, tokenizer), tmp_path, rows, alignment="eta")
+    assert len(trainer.train_dataset) == 4
+    assert "on the teacher's side, the prompt is empty and the tokenizer has no BOS token" in caplog.text
+
+
 # Bad input
 
 
@@ -437,6 +447,8 @@ def test_alignment_is_chosen_by_its_coverage_and_said(build, caplog, min_coverag
     assert trainer.args.alignment == alignment
     share = "exact alignment reaches 48% of the student's tokens"
     assert f"{share}, {how} `min_coverage` ({min_coverage:.0%}): `alignment='{alignment}'`" in caplog.text
+    # A baseline has no attention to fall back to
+    assert build(min_coverage=min_coverage, objective="simple").args.alignment == "eta"
 
 
 def test_coverage_of_prompts_alone_is_that_of_the_prompts(tokenizer, other, build, caplog):
@@ -544,6 +556,17 @@ def test_teachers_template_without_marks_raises_if_turns_are_to_be_told_apart(bu
     unmarked.chat_template = other.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
     with pytest.raises(ValueError, match="chat template"):
         build([{"messages": chat(*EARLIER)}] * 4, teacher_tokenizer=unmarked, assistant_only_loss=True)
+
+
+def test_teachers_template_without_marks_is_replaced_where_trl_knows_it(tokenizer, other, build, monkeypatch):
+    unmarked = copy.deepcopy(other)
+    unmarked.chat_template = other.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    known = {tokenizer.chat_template: None, unmarked.chat_template: other.chat_template}
+    monkeypatch.setattr("trl_kd.data.formatting.get_training_chat_template", lambda own: known[own.chat_template])
+    rows = [{"messages": chat(*EARLIER)}] * 4
+    trainer = build(rows, alignment="eta", teacher_tokenizer=unmarked, assistant_only_loss=True)
+    _, theirs = sides(trainer.train_dataset[0], tokenizer, other)
+    assert theirs[1:] == [EARLIER[1] + OTHER_END, EARLIER[3] + OTHER_END]
 
 
 def test_packing_two_vocabularies_raises(build):
@@ -660,6 +683,7 @@ RESOLVED = {
     ("v1", "cma"): ("gold", "agreement", "tokens", "random", True, "learned", "forward_kl"),
     ("v2", "same"): ("teacher_top1", "agreement", "gated", "logit_invariant", False, "recomputed", "reverse_kl"),
     ("v2", "cma"): ("teacher_top1", "agreement", "gated", "logit_invariant", False, "recomputed", "reverse_kl"),
+    ("context", "eta"): ("gold", "none", "tokens", "logit_invariant", False, "recomputed", "reverse_kl"),
 }
 DECIDED = (
     *("projector_label", "gate", "gate_normalization", "projector_init", "projector_bias", "student_to_teacher"),
@@ -675,6 +699,24 @@ def test_config_preset_decides_what_is_not_given(tmp_path, preset, alignment):
     assert config.alignment == alignment
     assert tuple(vars(config)[name] for name in DECIDED) == RESOLVED[preset, alignment]
     assert config.aux_learning_rate == pytest.approx(2e-4)
+
+
+PUBLISHED = ("forward_kl", 2.0, True, 0, 0, "constant")
+OTHERS = {"v1": PUBLISHED, "v2": PUBLISHED, "context": ("reverse_kl", 1.0, False, 256, 1000, "cosine")}
+
+
+@pytest.mark.parametrize("preset", OTHERS)
+def test_config_preset_decides_the_loss_and_the_projectors_steps_too(tmp_path, preset):
+    names = (
+        *("divergence", "kd_temperature", "teacher_space", "projector_hidden_size", "projector_pretraining_steps"),
+        "aux_lr_scheduler_type",
+    )
+    for alignment in ("same", "eta", "cma"):
+        config = dual_config(tmp_path, preset=preset)
+        config.resolve(alignment)
+        assert tuple(vars(config)[name] for name in names) == OTHERS[preset]
+        assert config.teacher_space_divergence == OTHERS[preset][0]
+        assert config.eta_pairs == ("context" if (preset, alignment) == ("context", "eta") else "token")
 
 
 def test_config_what_is_given_wins_over_the_preset(tmp_path):
