@@ -76,10 +76,17 @@ class Distribution:
 
     def add_label_flow(self, labels: torch.Tensor, weights: torch.Tensor) -> None:
         """`add_flow` where it is 1 at the label and 0 elsewhere."""
+        self._add_at(labels.unsqueeze(1), self._column(weights))
+
+    def add_sparse_flow(self, ids: torch.Tensor, flow: torch.Tensor, weights: torch.Tensor) -> None:
+        """`add_flow` at the tokens `ids`, `(n, K)`, and 0 elsewhere."""
+        self._add_at(ids, flow * self._column(weights))
+
+    def _add_at(self, ids: torch.Tensor, part: torch.Tensor) -> None:
         if self._flow is None:
             out = self.scratch.like(self.probs)
             self._flow = torch.zeros_like(self.probs) if out is None else out.zero_()
-        self._flow.scatter_add_(1, labels.unsqueeze(1), self._column(weights))
+        self._flow.scatter_add_(1, ids, part)
 
     def _add(self, total: torch.Tensor | None, part: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         column = self._column(weights)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from trl_kd.losses import divergences, moments, predictions
+from trl_kd.losses import divergences, moments, on_set, predictions
 from trl_kd.losses.block import Block
+from trl_kd.losses.on_set import OnSet
 
 
 _Weights = torch.Tensor | None
@@ -182,6 +183,45 @@ def _saturation(block: Block, weights: _Weights, student: str, teacher: str, cri
     return 0.5 * block.dot(block.total(teacher, student), torch.abs(f, out=block.scratch.like(f)))
 
 
+def _log_sum_exp(block: Block, weights: _Weights, name: str) -> torch.Tensor:
+    p = block.softmax(name)
+    if weights is not None:
+        # No function of the distribution: a logit that all share counts too
+        block.add_gradient(name, p.probs.clone(), weights)
+    chosen = p.log_probs.argmax(dim=1, keepdim=True)
+    return (block.logits[name].gather(1, chosen) - p.log_probs.gather(1, chosen)).squeeze(1)
+
+
+def _set_forward_kl(block: Block, weights: _Weights, student: str, ids: str, teacher: str) -> torch.Tensor:
+    q, index = block.softmax(student), block.labels[ids]
+    log_q = q.log_probs.gather(1, index)
+    log_p = block.labels[teacher].to(log_q.dtype).log_softmax(dim=1)
+    if weights is not None:
+        q.add_sparse_flow(index, log_p.exp(), -weights)
+    return divergences._expected_log_ratio(log_p, log_q)
+
+
+def _tail_nll(block: Block, weights: _Weights, student: str, ids: str, teacher: str) -> torch.Tensor:
+    q, index = block.softmax(student), block.labels[ids]
+    log_q = q.log_probs.gather(1, index).masked_fill(block.labels[teacher] == float("-inf"), float("-inf"))
+    if weights is not None:
+        q.add_sparse_flow(index, log_q.softmax(dim=1), -weights)
+    return -log_q.logsumexp(dim=1)
+
+
+def _on_set(block: Block, weights: _Weights, student: str, ids: str, teacher: str, function: OnSet) -> torch.Tensor:
+    q, index, log_p = block.softmax(student), block.labels[ids], block.labels[teacher]
+    log_q = q.log_probs.gather(1, index)
+    if weights is None:
+        return function.of_set(log_q, log_p)
+    with torch.enable_grad():
+        values = function.of_set(log_q.requires_grad_(), log_p)
+        # dD / d log q is q dD / dq
+        (flow,) = torch.autograd.grad(values.sum(), log_q)
+    q.add_sparse_flow(index, flow, weights)
+    return values.detach()
+
+
 _FUSED: dict[Callable, Callable] = {
     divergences.forward_kl: _forward_kl,
     divergences.reverse_kl: _reverse_kl,
@@ -199,6 +239,9 @@ _FUSED: dict[Callable, Callable] = {
     moments.exact_penalised_moment: _exact_penalised_moment,
     moments.critic_objective: _critic_objective,
     moments.saturation: _saturation,
+    on_set.set_forward_kl: _set_forward_kl,
+    on_set.tail_nll: _tail_nll,
+    predictions.log_sum_exp: _log_sum_exp,
 }
 
 
@@ -207,6 +250,8 @@ def fused_form(function: Callable) -> Callable | None:
     options = {}
     if isinstance(function, partial) and not function.args:
         function, options = function.func, function.keywords
+    if isinstance(function, OnSet):
+        return partial(_on_set, function=function)
     form = _FUSED.get(function) if isinstance(function, Hashable) else None
     return partial(form, **options) if form is not None and options else form
 

@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 
 from trl_kd.losses.block import Block, Scratch
 from trl_kd.losses.fused import fused_form, plain_form
+from trl_kd.losses.on_set import OnSet
 from trl_kd.losses.reduction import weighted_sum
 
 
@@ -35,6 +37,8 @@ _CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 _MIN_ROWS, _MAX_ROWS = 128, 1024
 # Elements of a block: a handful of float32 buffers of this size stay in the cache of a CPU; elsewhere it bounds memory
 _BLOCK_NUMEL = {"cpu": 2**17, "cuda": 2**25}
+# Graphs of the compiled objectives in one process
+_GRAPHS = 64
 # Rows of a half-precision head whose gradient is added at a time
 _SLICE = 2**13
 
@@ -98,7 +102,7 @@ def linear_loss(
         terms (`dict[str, Term]`):
             Objectives and metrics by name.
         labels (`torch.Tensor` of shape `(N,)` or `dict` of them, *optional*):
-            Next tokens, for terms that take `"labels"`; several kinds of them by name.
+            Next tokens, for terms that take `"labels"`; several kinds of them by name, also of shape `(N, K)`.
         chunk_size (`int`, *optional*):
             Rows per chunk. By default 128, or as many (up to 1,024) as fit 32 MiB per model on a CPU, 512 MiB on a
             GPU.
@@ -135,7 +139,7 @@ def linear_loss(
         hidden, head = pairs[name]
         leaves = (hidden, None, None) if head is None else (hidden, head.weight, head.bias)
         tensors += leaves if name in weighted else [None if leaf is None else leaf.detach() for leaf in leaves]
-    with torch.autocast(run.device.type, enabled=False):
+    with torch.autocast(run.device.type, enabled=False), run.compiling:
         loss = _GradientInForward.apply(run, *tensors)
     return LinearLoss(loss, run.values)
 
@@ -198,7 +202,7 @@ class _Head:
     """One pair in one call: the operands of its products, the buffer of its logits, and its gradient so far."""
 
     def __init__(self, hidden: torch.Tensor, head: Any | None, rows: int):
-        dtype = _product_dtype(hidden, head)
+        dtype = product_dtype(hidden, head)
         self.hidden, self.weight, self.bias = hidden.detach().to(dtype), None, None
         self.scale, self.soft_cap, self.vocab_size = 1.0, None, hidden.shape[1]
         if head is not None:
@@ -268,7 +272,7 @@ class _Head:
             total[part].add_(out, alpha=self.scale / shrink)
 
 
-def _product_dtype(hidden: torch.Tensor, head: Any | None) -> torch.dtype:
+def product_dtype(hidden: torch.Tensor, head: Any | None) -> torch.dtype:
     """The dtype in which the model's own head would compute."""
     if head is None:
         return hidden.dtype
@@ -302,8 +306,12 @@ class _Run:
         self.wants_gradient = torch.is_grad_enabled()
         self.values: dict[str, torch.Tensor] = {}
 
-        is_compiled = _can_compile(self.device) and None not in self.fused.values()
+        # What asks autograd inside is not compiled
+        asks = any(form is None or isinstance(terms[name].function, OnSet) for name, form in self.fused.items())
+        is_compiled = _can_compile(self.device) and not asks
         self.evaluate = _compiled_evaluate() if is_compiled else _evaluate
+        # Each set of terms has a graph of its own, and beyond the usual 8 nothing would be compiled any more
+        self.compiling = torch._dynamo.config.patch(cache_size_limit=_GRAPHS) if is_compiled else nullcontext()
         vocab_size = max(head.vocab_size for head in self.heads.values())
         most = max(1, _for_device(_BLOCK_NUMEL, self.device) // vocab_size)
         self.block_rows = math.ceil(self.size / math.ceil(self.size / most))  # all about as large
@@ -314,10 +322,10 @@ class _Run:
         """Ask the plain functions whether they take these inputs and options, on no rows."""
         for name, term in self.terms.items():
             if self.fused[name] is not None:
-                sizes = {name: (0, self.heads[name].vocab_size) for name in term.inputs if name in self.heads}
-                term.function(
-                    *(torch.zeros(sizes[n]) if n in sizes else torch.zeros(0, dtype=torch.long) for n in term.inputs)
-                )
+                nothing = {name: torch.zeros(0, head.vocab_size) for name, head in self.heads.items()}
+                for label, part in self.labels.items():
+                    nothing[label] = torch.zeros((0, *part.shape[1:]), dtype=part.dtype)
+                term.function(*(nothing[name] for name in term.inputs))
 
     def __call__(self, needs: tuple[bool, ...]) -> tuple[torch.Tensor, list[torch.Tensor | None], Any]:
         """The loss, the gradients of hidden states, weight and bias of each pair, and a factor on them."""
@@ -423,6 +431,12 @@ def _evaluate_with_any_rows(
     """One graph for blocks of all sizes, where the compiler would make a special one for the first."""
     for tensor in (*logits.values(), *weights.values(), *labels.values()):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    for tensor in labels.values():
+        if tensor.dim() > 1:  # the teacher's tokens of each state, as many as the largest set has
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+    # A second vocabulary would make one graph for all of them, whose kernels are slower
+    for tensor in logits.values():
+        torch._dynamo.mark_static(tensor, 1)
     return compiled(calls, logits, labels, weights, *others)
 
 
@@ -461,7 +475,7 @@ def top1(hidden: torch.Tensor, head: Any, chunk_size: int | None = None) -> torc
 def default_chunk_size(pairs: dict[str, tuple[torch.Tensor, Any]], device: torch.device) -> int:
     """Rows of a chunk: what fits the budget, for the widest head."""
     size = max(
-        (hidden.shape[1] if head is None else len(head.weight)) * _product_dtype(hidden, head).itemsize
+        (hidden.shape[1] if head is None else len(head.weight)) * product_dtype(hidden, head).itemsize
         for hidden, head in pairs.values()
     )
     return max(_MIN_ROWS, min(_MAX_ROWS, _for_device(_CHUNK_BYTES, device) // size))

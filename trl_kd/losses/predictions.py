@@ -126,3 +126,24 @@ def top1_accuracy(student_logits: torch.Tensor, labels: torch.Tensor) -> torch.T
     chosen = student_logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     is_right = chosen == student_logits.amax(dim=-1)
     return is_right.to(torch.promote_types(student_logits.dtype, torch.float32)).detach()
+
+
+def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    r"""
+    Log of the sum of the exponentials of all logits: the log normaliser of their softmax.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., V)`):
+            Unnormalised scores, any float dtype; computed in float32, or in float64.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+
+    Examples:
+
+    ```python
+    >>> log_sum_exp(torch.zeros(1, 4))  # ln 4
+    tensor([1.3863])
+    ```
+    """
+    return (logits if logits.dtype == torch.float64 else logits.float()).logsumexp(dim=-1)
