@@ -7,6 +7,8 @@ import os
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "CI"):
     os.environ[_name] = "1"
 os.environ["WANDB_MODE"] = "disabled"
+# The tests are a CPU's; bitsandbytes would load onto a GPU that it sees
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402

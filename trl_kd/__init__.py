@@ -13,9 +13,15 @@ _MODULES = {
     "DSKDConfig": "trl_kd.trainer.dskd_config",
     "DSKDTrainer": "trl_kd.trainer.dskd_trainer",
     "KDConfig": "trl_kd.trainer.kd_config",
+    "SparseTDConfig": "trl_kd.trainer.sparse_td_config",
+    "SparseTDTrainer": "trl_kd.trainer.sparse_td_trainer",
+    "Transitions": "trl_kd.trainer.transitions",
 }
 
-__all__ = ["AMMConfig", "AMMTrainer", "DSKDConfig", "DSKDTrainer", "KDConfig", "__version__"]
+__all__ = [
+    *("AMMConfig", "AMMTrainer", "DSKDConfig", "DSKDTrainer", "KDConfig"),
+    *("SparseTDConfig", "SparseTDTrainer", "Transitions", "__version__"),
+]
 
 if TYPE_CHECKING:
     from trl_kd.trainer.amm_config import AMMConfig
@@ -23,6 +29,9 @@ if TYPE_CHECKING:
     from trl_kd.trainer.dskd_config import DSKDConfig
     from trl_kd.trainer.dskd_trainer import DSKDTrainer
     from trl_kd.trainer.kd_config import KDConfig
+    from trl_kd.trainer.sparse_td_config import SparseTDConfig
+    from trl_kd.trainer.sparse_td_trainer import SparseTDTrainer
+    from trl_kd.trainer.transitions import Transitions
 
 
 def __getattr__(name: str):

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.worker import CRITIC_NUMBERS, DUAL_NUMBERS, DUAL_RUNS, GAMES, NUMBERS, VLLM_RUNS, run_dual
+from tests.distributed.worker import (
+    CRITIC_NUMBERS,
+    DUAL_NUMBERS,
+    DUAL_RUNS,
+    GAMES,
+    NUMBERS,
+    SPARSE_NUMBERS,
+    SPARSE_RUNS,
+    VLLM_RUNS,
+    run_dual,
+    run_sparse,
+)
 from tests.trainer.runs import ProjectingTrainer, config, logged, pair, tiny_dataset
 from trl_kd import AMMTrainer
 
@@ -68,6 +79,19 @@ def test_two_ranks_in_two_spaces_have_the_gradient_norm_of_one(tmp_path):
             # Rounding is another, and grows from step to step
             assert len(one[name]) >= 3 and report[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name
         assert any(0 < share < 1 for share in one["kd/off_policy/gate"])
+        assert report["weights"] == other["weights"]
+
+
+def test_two_ranks_on_sets_have_the_gradient_norm_of_one(tmp_path):
+    first, second = launch("sparse", tmp_path)
+    for options, report, other in zip(SPARSE_RUNS, first, second, strict=True):
+        whole = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+        one = run_sparse(tmp_path / "one", **(options | whole))
+        known = [name for name in SPARSE_NUMBERS if one[name]]
+        assert len(known) >= 12 and "kd/off_policy/second_nll" in known
+        for name in known:
+            # Rounding is another, and grows from step to step
+            assert len(one[name]) == 3 and report[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
         assert report["weights"] == other["weights"]
 
 

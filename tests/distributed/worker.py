@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
@@ -15,8 +16,9 @@ from tests import conftest  # noqa: F401  (environment and threads)
 from tests.tiny import make_tokenizer
 from tests.trainer.dual import dual_pair, make_other_tokenizer, make_trainer, short_rows
 from tests.trainer.runs import ProjectingTrainer, config, logged, pair, state_of, tiny_dataset
+from tests.trainer.sparse import make_trainer as make_sparse_trainer
 from tests.vllm import install
-from trl_kd import AMMTrainer, DSKDTrainer
+from trl_kd import AMMTrainer, DSKDTrainer, SparseTDTrainer
 
 
 NUMBERS = ["loss", "grad_norm", "kd/aux_grad_norm", "kd/on_policy/completion_length"]
@@ -64,6 +66,20 @@ DUAL_RUNS = [
     | {"alignment": "cma", "preset": "v1", "gate_normalization": "gated"}
     | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 7},
 ]
+SPARSE_NUMBERS = ["loss", "grad_norm", "kd/set_size_max", "kd/off_policy/second_nll"]
+SPARSE_NUMBERS += [
+    f"kd/{source}/{name}"
+    for source in ("off_policy", "on_policy")
+    for name in ("tokens", "set_size", "label_in_set", "student_mass", "set_forward_kl", "value", "sqil")
+]
+SPARSE = {"lmbda": 0.5, "temperature": 0.0, "max_steps": 3, "learning_rate": 1e-3}
+SPARSE_RUNS = [
+    SPARSE | {"second": True, "lm_weight": 0.5, "per_device_train_batch_size": 2},
+    # All rollouts are on one rank
+    SPARSE
+    | {"objectives": {"sqil": 1.0}, "returns": "lambda", "truncation": "bootstrap", "target_ema": 0.5}
+    | {"second": True, "lm_weight": 0.5, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+]
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random"}
 
 
@@ -103,7 +119,7 @@ def run(
     return report_of(trainer, names)
 
 
-def report_of(trainer: AMMTrainer | DSKDTrainer, names: list[str]) -> dict:
+def report_of(trainer: AMMTrainer | DSKDTrainer | SparseTDTrainer, names: list[str]) -> dict:
     """What was logged under these names, and what the run ended with."""
     digest = hashlib.sha256()
     for part in state_of(trainer):
@@ -120,6 +136,15 @@ def run_dual(folder: Path, **overrides) -> dict:
     trainer = make_trainer(dual_pair(*tokenizers), tokenizers, folder, short_rows(), **overrides)
     trainer.train()
     return report_of(trainer, DUAL_NUMBERS)
+
+
+def run_sparse(folder: Path, second: bool = False, **overrides) -> dict:
+    """Train on sets of tokens on this rank, or alone; what it logged and ended with."""
+    texts = ["The fox is red.", "A green bird said hello", "apples", "The sky is blue. The grass is green.", "pears"]
+    options = {"lm_dataset": Dataset.from_list([{"text": text} for text in texts])} if second else None
+    trainer = make_sparse_trainer(make_tokenizer(), folder, options=options, **overrides)
+    trainer.train()
+    return report_of(trainer, SPARSE_NUMBERS)
 
 
 def run_vllm(folder: Path, mode: str, lmbda: float, temperature: float = 0.0) -> dict:
@@ -149,6 +174,8 @@ def main(scenario: str, folder: Path) -> None:
         reports = [run_vllm(folder, *run) for run in VLLM_RUNS]
     elif scenario == "dual":
         reports = [run_dual(folder, **options) for options in DUAL_RUNS]
+    elif scenario == "sparse":
+        reports = [run_sparse(folder, **options) for options in SPARSE_RUNS]
     elif scenario == "norm":
         reports = [run(folder, max_steps=2, temperature=0.0, learning_rate=1e-3)]
         reports += [run(folder, kind=CRITIC_KIND, temperature=0.0, learning_rate=1e-4, **game) for game in GAMES]

@@ -11,8 +11,11 @@ from torch.utils._pytree import tree_leaves
 from tests.tiny import make_tokenizer
 from tests.trainer.dual import dual_pair, make_other_tokenizer, make_trainer, same_tokens
 from tests.trainer.runs import config, logged, pair
-from trl_kd import AMMTrainer, DSKDTrainer
+from tests.trainer.sparse import make_trainer as make_sparse_trainer
+from trl_kd import AMMTrainer, DSKDTrainer, SparseTDTrainer
 from trl_kd.losses import LinearLoss, Term, adaptive_kl, cross_entropy, forward_kl, linear_loss, top1_agreement
+from trl_kd.teachers import LocalTeacher
+from trl_kd.teachers.cache_writer import CacheSettings, write_cache
 from trl_kd.trainer.kd_trainer import _KDTrainer
 
 
@@ -286,3 +289,113 @@ def test_training_in_two_spaces_that_makes_all_logits_is_seen(two_tokenizers, tm
 def test_training_in_two_spaces_in_one_chunk_is_seen(two_tokenizers, tmp_path, case):
     rows, counts = train_dual(two_tokenizers, tmp_path, case, loss_chunk_size=1000)
     assert rows > 5 * CHUNK
+
+
+class LargestTensor(LargestLogits):
+    """As above, and the most numbers in any floating tensor."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = super().__torch_dispatch__(function, types, args, kwargs)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return output
+
+
+# Sets small enough that a product with the tokens of some rows is not one with all tokens
+SMALL_SETS = {"action_top_p": 0.2, "max_actions": 5}
+TD = {"objectives": {"teacher_reward": 1.0}, "truncation": "bootstrap", "returns": "lambda"}
+# Options, and the steps of gradient accumulation
+SPARSE = {
+    "expected": ({}, 1),
+    "expected_accumulated": ({"lm_weight": 0.5}, 2),
+    "paper": ({"preset": "paper"}, 1),
+    "paper_second_text": ({"preset": "paper", "second": True}, 2),
+    "released": ({"preset": "released", "lm_weight": 0.0}, 1),
+    "normalised_target": (TD | {"gauge": "logsoftmax", "target_ema": 0.9}, 1),
+    "without_normaliser": (TD | {"tail_weight": 0.0}, 2),
+}
+
+
+def train_sparse(tokenizer, folder, cache=None, trainer_class=SparseTDTrainer, second=False, **overrides):
+    """As `train`; what the largest tensors were."""
+    student, teacher = pair(tokenizer)
+    for model in (student, teacher):
+        model.resize_token_embeddings(VOCAB_SIZE)
+    settings = options_of_a_step() | SMALL_SETS | ({} if cache is None else {"teacher_cache": cache})
+    trainer = make_sparse_trainer(
+        tokenizer,
+        folder,
+        long_rows(),
+        trainer_class=trainer_class,
+        models=(student, teacher if cache is None else None),
+        options={"lm_dataset": long_rows()} if second else None,
+        **(settings | overrides),
+    )
+    counts, token_loss = [], trainer.token_loss
+    trainer.token_loss = lambda tokens: (counts.append(len(tokens.labels)), token_loss(tokens))[1]
+    with LargestTensor() as largest:
+        trainer.train()
+    assert len(logged(trainer, "loss")) == 1 and min(counts) >= 10 * CHUNK and min(counts) > max(WIDTHS.values())
+    return largest, counts, logged(trainer, "kd/set_size_max")[0]
+
+
+@POLICIES
+@pytest.mark.parametrize("form", SPARSE)
+def test_training_on_sets_makes_no_logits_of_all_tokens(tokenizer, tmp_path, form, lmbda):
+    options, steps = SPARSE[form]
+    largest, *_ = train_sparse(tokenizer, tmp_path, lmbda=lmbda, gradient_accumulation_steps=steps, **options)
+    assert no_more_than(1, largest.rows)
+
+
+@pytest.mark.parametrize("form", SPARSE)
+def test_training_on_sets_copies_no_head_for_each_token(tokenizer, tmp_path, form):
+    options, _ = SPARSE[form]
+    sets = {"action_set": "full", "max_actions": 64}
+    largest, counts, size = train_sparse(tokenizer, tmp_path, **(options | sets))
+    assert size == 64 and largest.numel < min(counts) * size * 32 / 4
+
+
+class GatheringTrainer(SparseTDTrainer):
+    """The rows of the head for each token, beside a good loss."""
+
+    def token_loss(self, tokens):
+        ids = torch.arange(64).expand(len(tokens.labels), 64)
+        torch.einsum("nh,nkh->nk", tokens.pairs["student"][0], tokens.pairs["student"][1].weight[ids])
+        return super().token_loss(tokens)
+
+
+def test_training_that_copies_the_head_for_each_token_is_seen(tokenizer, tmp_path):
+    largest, counts, _ = train_sparse(tokenizer, tmp_path, trainer_class=GatheringTrainer)
+    assert largest.numel >= min(counts) * 64 * 32
+
+
+@pytest.fixture(scope="module")
+def long_cache(tokenizer, tmp_path_factory):
+    teacher = pair(tokenizer)[1]
+    teacher.resize_token_embeddings(VOCAB_SIZE)
+    folder = tmp_path_factory.mktemp("cache")
+    trainer = make_sparse_trainer(tokenizer, folder, long_rows(), max_length=2 * LENGTH)
+    read = (trainer.train_dataset, LocalTeacher(teacher), tokenizer)
+    write_cache(*read, folder / "cache", trainer.eos_token_ids, CacheSettings())
+    return str(folder / "cache")
+
+
+FROM_CACHE = {"preset": "paper", "gauge": "raw", "tail_weight": 0.0, "lm_weight": 0.0}
+
+
+@pytest.mark.parametrize("options", [FROM_CACHE, FROM_CACHE | TD], ids=["paper", "teacher_reward"])
+def test_training_from_a_cache_makes_no_logits_of_the_vocabulary(tokenizer, tmp_path, long_cache, options):
+    largest, *_ = train_sparse(tokenizer, tmp_path, long_cache, **options)
+    # One row of logits for each text is what a model's own forward makes for its last token
+    assert largest.rows == ROWS
+
+
+@pytest.mark.parametrize(
+    "options", [{"gauge": "max"}, {"gauge": "logsoftmax"}, {"tail_weight": 0.1}, {"lm_weight": 0.1}], ids=str
+)
+def test_training_from_a_cache_that_needs_the_vocabulary_makes_a_chunk(tokenizer, tmp_path, long_cache, options):
+    largest, *_ = train_sparse(tokenizer, tmp_path, long_cache, **(FROM_CACHE | options))
+    assert largest.rows == CHUNK

@@ -16,7 +16,6 @@ from trl_kd.losses import (
     exact_moment,
     exact_penalised_moment,
     forward_kl,
-    linear_loss,
     top1_agreement,
     total_variation,
     weighted_sum,
@@ -128,13 +127,18 @@ class AMMTrainer(_KDTrainer):
     def auxiliary_modules(self) -> dict[str, nn.Module]:
         """The critics, and the baseline of later costs if it is learned."""
         args, modules = self.args, {}
-        if (self.learns_critic or args.on_policy_gradient == "full") and (
-            self.is_deepspeed_enabled or self.is_fsdp_enabled
-        ):
+        needs_teacher = self.learns_critic or args.on_policy_gradient == "full"
+        if needs_teacher and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise NotImplementedError(
                 f'`critic="{args.critic}"` with `on_policy_gradient="{args.on_policy_gradient}"` needs the output '
                 "heads outside of a forward, where DeepSpeed and FSDP may have put their weights away; this has not "
                 'been run. Use DDP, or `critic="exact"` with `on_policy_gradient="direct"`.'
+            )
+        if needs_teacher and args.teacher_cache is not None:
+            raise ValueError(
+                f'`teacher_cache` is set with `critic="{args.critic}"` and `on_policy_gradient='
+                f'"{args.on_policy_gradient}"`, but these need the teacher\'s states, of which a cache has none. Take '
+                '`critic="exact"` and `on_policy_gradient="direct"`, or train with the teacher itself.'
             )
         teacher_head, width = self.teacher.head, self.model.get_output_embeddings().in_features
         if self.learns_critic:
@@ -244,7 +248,7 @@ class AMMTrainer(_KDTrainer):
             share = args.later_weight * min(1.0, (self.state.global_step + 1) / max(args.later_warmup_steps, 1))
             weights = -share * self._discounted(tokens) * tokens.step_values["advantage"]
             terms["later_states"] = Term(cross_entropy, ("student", "labels"), weights)
-        result = linear_loss(tokens.pairs, terms, tokens.labels, args.loss_chunk_size)
+        result = tokens.linear_loss(terms, args.loss_chunk_size)
         # The gradient of these is meant, their value says nothing: the loss stays the moments'
         loss, values = result.loss, dict(result.values)
         for name in ("later_states", "critic_objective"):  # always in this order: it is rounded

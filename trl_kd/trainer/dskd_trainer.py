@@ -120,6 +120,11 @@ class DSKDTrainer(_KDTrainer):
 
     def set_up_text(self, args: Any, tokenizer: Any, formatting_func: Any, train_dataset: Any) -> tuple:
         """As the base's for one vocabulary; else each row and batch in the tokens of both."""
+        if args.teacher_cache is not None:
+            raise ValueError(
+                "`teacher_cache` is set, but the teacher's representation space is in its hidden states, of which a "
+                "cache has none. Pass `teacher_model`, or take AMMTrainer or SparseTDTrainer."
+            )
         if self.teacher_processing_class is None:
             self.teacher_processing_class = self.teacher.tokenizer()
         self.is_dual = not is_one_vocabulary(args, tokenizer, self.teacher_processing_class)

@@ -18,9 +18,11 @@ class Health:
         self.accelerator = accelerator
         self._bad = None  # (3,): micro-batches with a bad loss, student, teacher
 
-    def watch(self, loss: torch.Tensor, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> None:
+    def watch(self, loss: torch.Tensor, student_hidden: torch.Tensor, teacher_said: Any) -> None:
         """Look at one micro-batch, without waiting for the device."""
-        bad = torch.stack([~torch.isfinite(tensor).all() for tensor in (loss, student_hidden, teacher_hidden)]).long()
+        if isinstance(teacher_said, tuple):  # from a cache; `-inf` is no token
+            teacher_said = teacher_said[1].exp()
+        bad = torch.stack([~torch.isfinite(tensor).all() for tensor in (loss, student_hidden, teacher_said)]).long()
         self._bad = bad if self._bad is None else self._bad + bad
 
     def check(self, teacher: Any) -> None:
@@ -28,7 +30,7 @@ class Health:
         Raise if anything was not finite since the last check. All ranks must call it together.
 
         Args:
-            teacher ([`LocalTeacher`]):
+            teacher ([`LocalTeacher`] or [`CachedTeacher`]):
                 The teacher, to tell whose fault it is.
 
         Raises:
@@ -42,7 +44,7 @@ class Health:
         bad_loss, bad_student, bad_teacher = bad.tolist()
         if not bad_loss:
             return
-        if bad_teacher or not torch.isfinite(teacher.head.weight).all():
+        if bad_teacher or (teacher.head is not None and not torch.isfinite(teacher.head.weight).all()):
             who, cure = "teacher's logits are", "Load the teacher in bfloat16 or float32, or check its weights."
         elif bad_student:
             who, cure = "student's hidden states are", "Lower the learning rate, or check the student's weights."

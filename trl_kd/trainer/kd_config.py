@@ -25,6 +25,11 @@ class KDConfig(SFTConfig):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] of the teacher. `dtype`
             defaults to the checkpoint's. `{"load_in_4bit": true}` and `{"load_in_8bit": true}` quantise it with
             bitsandbytes.
+        teacher_cache (`str`, *optional*):
+            Folder that `trl-kd cache` has written for this dataset. It takes the teacher's place, which is not loaded;
+            losses on both models take their sparse form, with one bucket for all tokens that are not in the cache.
+        eval_teacher_cache (`str`, *optional*):
+            The same for the evaluation dataset.
 
         > Parameters that control where completions come from
 
@@ -141,6 +146,15 @@ class KDConfig(SFTConfig):
             'the checkpoint\'s. `{"load_in_4bit": true}` and `{"load_in_8bit": true}` quantise it with bitsandbytes.'
         },
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that `trl-kd cache` has written for this dataset. It takes the teacher's place, which is "
+            "not loaded; losses on both models take their sparse form, with one bucket for all tokens that are not in "
+            "the cache."
+        },
+    )
+    eval_teacher_cache: str | None = field(default=None, metadata={"help": "The same for the evaluation dataset."})
     lmbda: float = field(
         default=0.0,
         metadata={
@@ -329,6 +343,10 @@ class KDConfig(SFTConfig):
                 "a packed row holds several prompts and cannot be continued by a rollout. Set `packing=False`, or "
                 "train off-policy: `lmbda=0` with completions from the dataset."
             )
+
+    def cached_sets(self) -> tuple[float | None, int | None]:
+        """Mass and size of the sets that are taken from a cache; by default all that it has."""
+        return None, None
 
     def unread(self) -> tuple[str, ...]:
         """Prefixes of fields that nothing reads under these settings."""

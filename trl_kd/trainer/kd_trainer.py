@@ -14,8 +14,7 @@ from trl_kd.data import KDCollator
 from trl_kd.generation import Sampling, eos_token_ids
 from trl_kd.losses import LinearLoss
 from trl_kd.modules.lm_head import LMHead, check_head, last_hidden_states
-from trl_kd.teachers import shared_vocab_size
-from trl_kd.trainer import checkpoints, model_card, setup
+from trl_kd.trainer import checkpoints, model_card, setup, sources
 from trl_kd.trainer.auxiliary import AuxiliaryModules, StepHooks
 from trl_kd.trainer.completions import log_completions, with_teacher_completions
 from trl_kd.trainer.health import Health
@@ -66,7 +65,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         args = setup.own_arguments(args, self._config_class, model, self._name)
         setup.refuse_own_loss(kwargs)
         # The teacher first: it is what fails most often
-        self.teacher = setup.own_teacher(teacher_model, args, model)
+        self.teacher = sources.own_teacher(teacher_model, args, model)
         source = setup.student_source(args)
         tokenizer = setup.own_tokenizer(processing_class, model, args, source)
         self.eos_token_ids = eos_token_ids(model, tokenizer, **source)
@@ -109,22 +108,24 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     def set_up_text(self, args: Any, tokenizer: Any, formatting_func: Any, train_dataset: Any) -> tuple:
         """What prepares datasets, and what collates their rows; completes `eos_token_ids`."""
         # The teacher's too: it ends its completions its own way
-        self.eos_token_ids = sorted({*self.eos_token_ids, *eos_token_ids(self.teacher.model, tokenizer)})
-        prepare = setup.dataset_preparer(args, tokenizer, self.eos_token_ids, formatting_func)
-        return prepare, KDCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+        self.eos_token_ids = sorted({*self.eos_token_ids, *sources.ends_of(self.teacher, tokenizer)})
+        cached = sources.cache_columns(self.teacher, args, tokenizer)
+        prepare = setup.dataset_preparer(args, tokenizer, self.eos_token_ids, formatting_func, cached)
+        collator = KDCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+        return prepare, sources.with_cache(collator, self.teacher, args)
 
     def match_heads(self) -> tuple[int, int]:
         """Sizes that the student's and the teacher's heads are cut to."""
-        sizes = self.model.get_output_embeddings().out_features, self.teacher.vocab_size
-        return (shared_vocab_size(*sizes, self.processing_class, self.teacher.tokenizer()),) * 2
+        size = self.model.get_output_embeddings().out_features
+        return (sources.vocab_size(self.teacher, size, self.processing_class),) * 2
 
     def select(self, inputs: dict) -> SelectedTokens:
         """The trained tokens of a batch."""
         return select_tokens(inputs)
 
-    def read_teacher(self, inputs: dict, selected: SelectedTokens) -> torch.Tensor:
-        """The teacher's hidden states at the trained tokens, `(N, H_t)`."""
-        return selected.of(self.teacher.hidden_states(**model_inputs(inputs)))
+    def read_teacher(self, inputs: dict, selected: SelectedTokens) -> torch.Tensor | sources.TopTokens:
+        """The teacher's hidden states at the trained tokens, `(N, H_t)`; of a cache, its most likely tokens."""
+        return sources.read(self.teacher, inputs, selected)
 
     def auxiliary_modules(self) -> dict[str, nn.Module]:
         """Modules that are trained jointly with the student but are no part of it."""
@@ -212,9 +213,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
                 return loss, model(**model_inputs(inputs))
         return loss
 
-    def read_tokens(
-        self, student: nn.Module, inputs: dict, selected: SelectedTokens, teacher_hidden: torch.Tensor
-    ) -> TokenBatch:
+    def read_tokens(self, student: nn.Module, inputs: dict, selected: SelectedTokens, teacher_said: Any) -> TokenBatch:
         """The student's forward; only valid inside of the forward of its wrapper."""
         counts = inputs.get("token_counts")  # evaluation counts its own batch
         shares = token_weights(
@@ -225,9 +224,9 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
             shares = tuple(share * self.accelerator.num_processes for share in shares)
         hidden = selected.of(last_hidden_states(student, **model_inputs(inputs)))
         head = LMHead.of(student).cut(self.vocab_size)
-        pairs = {"student": (hidden, head), "teacher": (teacher_hidden, self.teacher.head)}
-        found = inputs.get("step_values", {})
-        return TokenBatch(pairs, selected.labels, *shares, selected.is_on_policy, selected.positions, found)
+        pairs = {"student": (hidden, head)} | sources.pair_of(self.teacher, teacher_said)
+        known = inputs.get("step_values", {}), sources.top_of(teacher_said)
+        return TokenBatch(pairs, selected.labels, *shares, selected.is_on_policy, selected.positions, *known)
 
     def _before_optimizer_step(self) -> None:
         self._health.check(self.teacher)

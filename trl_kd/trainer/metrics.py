@@ -12,12 +12,18 @@ class MetricSums:
     def __init__(self):
         self._sums: dict[str, torch.Tensor] = {}
         self._weights: dict[str, torch.Tensor] = {}
+        self._largest: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, total: torch.Tensor | float, weight: torch.Tensor | float = 1.0) -> None:
         """Add a sum over `weight` tokens (or one value of weight 1)."""
         total, weight = torch.as_tensor(total).detach().double(), torch.as_tensor(weight).double()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._weights[name] = self._weights[name] + weight if name in self._weights else weight
+
+    def add_largest(self, name: str, value: torch.Tensor) -> None:
+        """Add a value of which the largest is shown."""
+        value = value.detach().double()
+        self._largest[name] = torch.maximum(self._largest[name], value) if name in self._largest else value
 
     def add_by_source(
         self, values: dict[str, torch.Tensor], is_on_policy: torch.Tensor, counted: torch.Tensor | None = None
@@ -50,12 +56,15 @@ class MetricSums:
             self.add("kd/on_policy/eos_rate", sum(ids[-1] in eos_token_ids for ids in completions), count)
 
     def pop(self) -> dict[str, float]:
-        """Averages over all ranks since the last call; names without weight are left out."""
+        """Averages (and largest values) over all ranks since the last call; names without weight are left out."""
         local = {name: (self._sums[name].item(), self._weights[name].item()) for name in self._sums}
-        self._sums, self._weights = {}, {}
+        largest = {name: value.item() for name, value in self._largest.items()}
+        self.__init__()
         totals: dict[str, tuple[float, float]] = {}
-        for rank in gather_object([local]):
+        for rank, rank_largest in gather_object([(local, largest)]):
             for name, (total, weight) in rank.items():
                 sums = totals.get(name, (0.0, 0.0))
                 totals[name] = (sums[0] + total, sums[1] + weight)
+            for name, value in rank_largest.items():
+                totals[name] = (max(totals.get(name, (value, 1.0))[0], value), 1.0)
         return {name: total / weight for name, (total, weight) in sorted(totals.items()) if weight > 0}

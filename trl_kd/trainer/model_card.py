@@ -35,6 +35,9 @@ def settings_of(args: Any, with_auxiliary: bool) -> dict[str, Any]:
     names = [name for name in names if not name.startswith(unread)]
     names += ["learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"]
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in {"teacher_cache", "eval_teacher_cache"} & settings.keys():
+        # Where it lies says nothing elsewhere
+        settings[name] = os.path.basename(os.path.normpath(settings[name]))
     if "teacher_model_init_kwargs" in settings:
         # A card is public
         kept = {key: value for key, value in args.teacher_model_init_kwargs.items() if "token" not in key}

@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from trl_kd import _compat
 from trl_kd.data import has_completions, is_plain_text, pack, prepare_dataset
-from trl_kd.teachers import LocalTeacher
 from trl_kd.trainer.kd_config import KDConfig
 
 
@@ -76,24 +75,6 @@ def refuse_own_loss(kwargs: dict[str, Any]) -> None:
         raise ValueError(
             "`compute_loss_func` is set, but the loss is the method's. Subclass the trainer and override `token_loss`."
         )
-
-
-def own_teacher(teacher_model: Any, args: KDConfig, student: Any) -> LocalTeacher:
-    """The teacher from the trainer's argument or the configuration; never the student itself."""
-    teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-    if teacher_model is None:
-        raise ValueError(
-            "There is no teacher: `teacher_model` is None, and so is `teacher_model_name_or_path` in the "
-            "configuration. Pass a model, a path or a Hub name."
-        )
-    if not isinstance(student, str) and not isinstance(teacher_model, str):
-        own = {id(module) for module in student.modules()}
-        if any(id(module) in own for module in teacher_model.modules()):
-            raise ValueError(
-                "Student and teacher share modules, so training one would change the other. Pass a second copy as the "
-                "teacher: its path, or `copy.deepcopy(model)`."
-            )
-    return LocalTeacher(teacher_model, args.teacher_model_init_kwargs)
 
 
 def student_source(args: KDConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from trl_kd.losses import LinearLoss, OnSet, Term, linear_loss
 from trl_kd.modules.lm_head import LMHead
 
 
@@ -29,6 +30,9 @@ class TokenBatch:
             Number of trained tokens before it in its row.
         step_values (`dict[str, torch.Tensor]`, *optional*):
             What the method's `prepare_step` found for these tokens, by name, of shape `(N,)`.
+        top (`tuple[torch.Tensor, torch.Tensor]` of shapes `(N, K)`, *optional*):
+            Ids and log-probabilities of the teacher's most likely tokens, from a cache; then there is no `"teacher"`
+            in `pairs`.
     """
 
     pairs: dict[str, tuple[torch.Tensor, LMHead]]
@@ -38,6 +42,22 @@ class TokenBatch:
     is_on_policy: torch.Tensor
     positions: torch.Tensor
     step_values: dict[str, torch.Tensor] = field(default_factory=dict)
+    top: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def linear_loss(
+        self, terms: dict[str, Term], chunk_size: int | None, labels: dict[str, torch.Tensor] | None = None
+    ) -> LinearLoss:
+        """
+        `linear_loss` of terms on `"student"`, `"teacher"`, `"labels"` and further labels; with a cache, terms on both
+        models in their sparse form, and none on the teacher alone.
+        """
+        labels = {"labels": self.labels} | (labels or {})
+        if self.top is not None:
+            ids, log_probs = (part[: len(self.labels)] for part in self.top)
+            labels |= {"top_ids": ids, "top_log_probs": log_probs}
+            terms = {name: _sparse(term) for name, term in terms.items() if term.inputs != ("teacher",)}
+        pairs = {name: (hidden[: len(self.labels)], head) for name, (hidden, head) in self.pairs.items()}
+        return linear_loss(pairs, terms, labels, chunk_size)
 
     @property
     def reference_weights(self) -> torch.Tensor:
@@ -65,17 +85,29 @@ class TokenBatch:
             is_on_policy=self.is_on_policy[rows],
             positions=self.positions[rows],
             step_values={name: value[rows] for name, value in self.step_values.items()},
+            top=None if self.top is None else tuple(part[rows] for part in self.top),
         )
+
+
+def _sparse(term: Term) -> Term:
+    """The sparse form of a term on both models, for `top_ids` and `top_log_probs`; others as they are."""
+    if term.inputs != ("student", "teacher"):
+        return term
+    return Term(OnSet(term.function), ("student", "top_ids", "top_log_probs"), term.weights)
 
 
 @dataclass(frozen=True)
 class SelectedTokens:
-    """The trained tokens of a batch: `rows`, their predicting positions in a flattened `(B, S)`, and what is known."""
+    """
+    The trained tokens of a batch: `rows`, their predicting positions in a flattened `(B, S)`, and what is known. There
+    may be more rows than tokens: states after the tokens `ends`, the last ones of texts that were cut.
+    """
 
     rows: torch.Tensor
     labels: torch.Tensor
     is_on_policy: torch.Tensor
     positions: torch.Tensor
+    ends: torch.Tensor | None = None
 
     def of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states `(B, S, H)` at the predicting positions, `(N, H)`."""
