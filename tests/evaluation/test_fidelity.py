@@ -1,4 +1,5 @@
 import math
+from collections import defaultdict
 
 import pytest
 import torch
@@ -62,6 +63,21 @@ def random_model(seed: int, training: bool = False) -> LlamaForCausalLM:
         )
     )
     return model.train(training)
+
+
+def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The most likely tokens until their mass is reached, renormalised."""
+    kept, mass = torch.zeros_like(probabilities), 0.0
+    for token in sorted(range(len(probabilities)), key=lambda token: -probabilities[token]):
+        if mass < top_p:
+            kept[token] = probabilities[token]
+            mass += probabilities[token].item()
+    return kept / kept.sum()
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    """KL(p || q), token by token."""
+    return sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True) if a > 0)
 
 
 def evaluate(student, teacher, prompts, references=None, **kwargs):
@@ -139,29 +155,75 @@ def test_evaluate_fidelity_teacher_against_itself_is_zero():
     assert abs(gap) < 0.05
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_evaluate_fidelity_padded_batches_equal_a_loop_over_tokens(batch_size):
+def test_evaluate_fidelity_padded_batches_equal_a_loop_over_tokens(batch_size, top_p):
     student, teacher = random_model(0), random_model(1)
     prompts = [[EOS, 5, 6, 7], [EOS, 8], [EOS, 9, 10, 11, 12]]
     references = [[3, 4, 5, 6, EOS], [2, 2, 7], [6]]
     metrics = evaluate(
-        student, teacher, prompts, references, batch_size=batch_size, teacher_completions=references[::-1]
+        student, teacher, prompts, references, batch_size=batch_size, top_p=top_p, teacher_completions=references[::-1]
     )
     for source, completions in {"reference_states": references, "teacher_states": references[::-1]}.items():
-        values = {"total_variation": [], "forward_kl": [], "reverse_kl": [], "nll": [], "teacher_entropy": []}
+        values = defaultdict(list)
         for prompt, completion in zip(prompts, completions, strict=True):
             for i, token in enumerate(completion):
                 state = torch.tensor([prompt + completion[:i]])
                 with torch.no_grad():
                     q = student(state).logits[0, -1].double().softmax(-1)
                     p = teacher(state).logits[0, -1].double().softmax(-1)
-                values["total_variation"].append(sum(abs(p - q).tolist()) / 2)
-                values["forward_kl"].append(sum((p * (p / q).log()).tolist()))
-                values["reverse_kl"].append(sum((q * (q / p).log()).tolist()))
+                q_cut, p_cut = nucleus(q, top_p), nucleus(p, top_p)
+                values["total_variation"].append(sum(abs(p_cut - q_cut).tolist()) / 2)
+                values["forward_kl"].append(kl(p_cut, q))
+                values["reverse_kl"].append(kl(q_cut, p))
                 values["nll"].append(-math.log(q[token]))
-                values["teacher_entropy"].append(-sum((p * p.log()).tolist()))
+                values["teacher_entropy"].append(-kl(p_cut, torch.ones_like(p)))
+                if top_p < 1:
+                    values["outside"].append(q_cut[p_cut == 0].sum().item())
+                    values["teacher_cut"].append(kl(p_cut, p))
         for name, numbers in values.items():
             assert metrics[f"{source}/{name}"] == pytest.approx(sum(numbers) / len(numbers), rel=1e-5), (source, name)
+
+
+def test_evaluate_fidelity_nucleus_matches_hand_worked_values():
+    teacher, student = stateless_model([0, 0.5, 0.3, 0.2]), stateless_model([0, 0.1, 0.3, 0.6])
+    metrics = evaluate(student, teacher, [[A], [B, A]] * 4, [[A, EOS], [B]] * 4, top_p=0.7)
+    # The nuclei are EOS and A with 5/8 and 3/8, and A and B with 1/3 and 2/3
+    ln = math.log
+    expected = {
+        "total_variation": (5 / 8 + (3 / 8 - 1 / 3) + 2 / 3) / 2,
+        "forward_kl": 5 / 8 * ln(5 / 8 / 0.1) + 3 / 8 * ln(3 / 8 / 0.3),
+        "reverse_kl": 1 / 3 * ln(1 / 3 / 0.3) + 2 / 3 * ln(2 / 3 / 0.2),
+        "student_entropy": 1 / 3 * ln(3) + 2 / 3 * ln(3 / 2),
+        "teacher_entropy": 5 / 8 * ln(8 / 5) + 3 / 8 * ln(8 / 3),
+        "outside": 2 / 3,
+        "teacher_cut": -ln(0.8),
+    }
+    for source in ("student_states", "teacher_states", "reference_states"):
+        for name, value in expected.items():
+            assert metrics[f"{source}/{name}"] == pytest.approx(value, abs=1e-5), (source, name)
+    teacher_log_likelihood = 5 / 8 * ln(0.5) + 3 / 8 * ln(0.3)
+    gap = teacher_log_likelihood - (1 / 3 * ln(0.3) + 2 / 3 * ln(0.2))
+    assert metrics["imitation_gap"] == pytest.approx(gap, abs=1e-5)
+    # Texts are as likely as the whole models have it
+    assert metrics["reference_states/nll"] == pytest.approx(-ln(0.3 * 0.1 * 0.6) / 3, abs=1e-5)
+    assert metrics["student_states/eos_rate"] == 0  # EOS is not in the student's nucleus
+
+
+def test_evaluate_fidelity_nucleus_of_teacher_against_itself_is_zero():
+    metrics = evaluate(random_model(0), random_model(0), [[EOS, 5, 6], [EOS, 7]] * 3, top_p=0.8)
+    for name in ("student_states/total_variation", "student_states/outside", "imitation_gap"):
+        assert metrics[name] == pytest.approx(0, abs=1e-6), name
+    assert metrics["student_states/reverse_kl"] == pytest.approx(metrics["teacher_states/teacher_cut"], abs=1e-6)
+
+
+def test_evaluate_fidelity_given_student_completions_are_those_it_would_draw():
+    student, teacher, prompts = random_model(0), random_model(1), [[EOS, 5, 6], [EOS, 7], [EOS, 8, 9]]
+    drawn = {"batch_size": 2, "seed": 3, "top_p": 0.8}
+    completions = sample_completions(student, prompts, max_new_tokens=8, eos_token_ids=[EOS], **drawn, progress=False)
+    given = evaluate(student, teacher, prompts, **drawn, student_completions=completions)
+    assert given == evaluate(student, teacher, prompts, **drawn)
+    assert given != evaluate(student, teacher, prompts, **drawn, student_completions=[ids[:1] for ids in completions])
 
 
 def test_evaluate_fidelity_given_teacher_completions_are_those_it_would_draw():
@@ -208,6 +270,18 @@ def test_sample_completions_draws_from_the_model_itself():
     assert all(len(ids) == 5 or ids[-1] == EOS for ids in completions)
 
 
+def test_sample_completions_top_p_draws_from_the_nucleus():
+    model = stateless_model([0, 0.1, 0.3, 0.6])
+    completions = sample_completions(
+        model, [[A], [A, B]] * 500, max_new_tokens=5, batch_size=250, top_p=0.7, progress=False
+    )
+    tokens = torch.tensor(sum(completions, []))
+    share = (tokens == A).float().mean().item()
+    assert set(tokens.tolist()) == {A, B}
+    # Four standard errors of a binomial share
+    assert abs(share - 1 / 3) < 4 * math.sqrt(2 / 9 / len(tokens))
+
+
 def test_sample_completions_same_seed_same_texts():
     model, prompts = random_model(0), [[EOS, 5, 6], [EOS, 7]] * 3
     first, again, other = (
@@ -246,6 +320,15 @@ def test_evaluate_fidelity_bad_input_is_refused(prompts, references, message):
     model = stateless_model([0, 0.2, 0.4, 0.4])
     with pytest.raises(ValueError, match=message):
         evaluate(model, model, prompts, references)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1.1])
+def test_evaluate_fidelity_top_p_that_is_no_mass_is_refused(top_p):
+    model = stateless_model([0, 0.2, 0.4, 0.4])
+    with pytest.raises(ValueError, match=f"`top_p` is {top_p}"):
+        evaluate(model, model, [[A]], top_p=top_p)
+    with pytest.raises(ValueError, match=f"`top_p` is {top_p}"):
+        sample_completions(model, [[A]], max_new_tokens=1, top_p=top_p)
 
 
 @pytest.mark.parametrize("progress", [False, True])

@@ -4,6 +4,7 @@ A state is a prompt and the completion so far. Where states come from matters: o
 agree with its teacher and still lead itself, token by token, to states where the two differ. So everything is measured
 on three sets of states: given texts (references), the teacher's own rollouts and the student's own rollouts. At each
 state both next-token distributions are compared over the whole vocabulary, exactly; only the states are sampled.
+With nucleus sampling they are compared as they are then sampled from.
 """
 
 from collections import defaultdict
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
+from transformers import TopPLogitsWarper
 
 from trl_kd.generation import Sampling, distinct_n, generate_completions, rollout_seed
 from trl_kd.losses import cross_entropy, entropy, forward_kl, reverse_kl, total_variation
+from trl_kd.losses.temporal_difference import check_mass
 
 
 if TYPE_CHECKING:
@@ -78,12 +81,13 @@ def sample_completions(
     max_new_tokens: int,
     batch_size: int = 16,
     seed: int = 0,
+    top_p: float = 1.0,
     eos_token_ids: Sequence[int] | None = None,
     progress: bool = True,
     description: str = "Sampling",
 ) -> list[list[int]]:
     """
-    Completions drawn from the model's own distribution: temperature 1, no top-k, no top-p, no penalty.
+    Completions drawn from the model's own distribution, or from its nucleus: temperature 1, no top-k, no penalty.
 
     Each batch is drawn under a seed made of `seed` and its index, with the global random state untouched. Two models
     that are sampled with the same `seed` and `batch_size` share their noise: equal models write equal texts, and
@@ -100,6 +104,8 @@ def sample_completions(
             Prompts per batch.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the samples.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Probability mass of the nucleus, the most likely tokens, that is drawn from.
         eos_token_ids (`Sequence[int]`, *optional*):
             Ids that end a completion. Defaults to those of the model's generation config.
         progress (`bool`, *optional*, defaults to `True`):
@@ -109,9 +115,13 @@ def sample_completions(
 
     Returns:
         `list[list[int]]`: one completion per prompt, including the token that ended it, without padding.
+
+    Raises:
+        ValueError: If `top_p` is no mass.
     """
+    check_mass("top_p", top_p)
     eos_token_ids = _eos_token_ids(model) if eos_token_ids is None else list(eos_token_ids)
-    sampling = Sampling(max_completion_length=max_new_tokens)
+    sampling = Sampling(max_completion_length=max_new_tokens, top_p=top_p)
     completions = []
     with _eval_mode(model):
         for index, batch in enumerate(_batches(prompts, batch_size, description, progress)):
@@ -147,6 +157,11 @@ def _completion_logits(
     ]
 
 
+def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Logits `(N, V)`, `-inf` for the tokens that `generate` would not draw."""
+    return logits if top_p == 1.0 else TopPLogitsWarper(top_p)(None, logits.float())
+
+
 @torch.no_grad()
 def _compare(
     student: "PreTrainedModel",
@@ -154,6 +169,7 @@ def _compare(
     prompts: Sequence[list[int]],
     completions: Sequence[list[int]],
     batch_size: int,
+    top_p: float,
     description: str,
     progress: bool,
 ) -> dict[str, float]:
@@ -172,15 +188,19 @@ def _compare(
             vocab_size = min(student_logits.size(-1), teacher_logits.size(-1))
             for rows in torch.arange(len(labels), device=student_logits.device).split(_CHUNK_SIZE):
                 s, t, y = student_logits[rows, :vocab_size], teacher_logits[rows, :vocab_size], labels[rows]
+                q, p = _nucleus(s, top_p), _nucleus(t, top_p)
                 values = {
-                    "total_variation": total_variation(s, t),
-                    "forward_kl": forward_kl(s, t),
-                    "reverse_kl": reverse_kl(s, t),
-                    "student_entropy": entropy(s),
-                    "teacher_entropy": entropy(t),
+                    "total_variation": total_variation(q, p),
+                    "forward_kl": forward_kl(s, p),
+                    "reverse_kl": reverse_kl(q, t),
+                    "student_entropy": entropy(q),
+                    "teacher_entropy": entropy(p),
                     "nll": cross_entropy(s, y),
                     "teacher_nll": cross_entropy(t, y),
                 }
+                if top_p < 1.0:
+                    values["outside"] = q.softmax(dim=-1).masked_fill(p > float("-inf"), 0.0).sum(dim=-1)
+                    values["teacher_cut"] = reverse_kl(p, t)
                 for name, value in values.items():
                     sums[name] += value.double().sum().item()
     return {name: value / tokens for name, value in sums.items()}
@@ -224,6 +244,8 @@ def evaluate_fidelity(
     max_new_tokens: int,
     batch_size: int = 16,
     seed: int = 0,
+    top_p: float = 1.0,
+    student_completions: Sequence[list[int]] | None = None,
     teacher_completions: Sequence[list[int]] | None = None,
     eos_token_ids: Sequence[int] | None = None,
     progress: bool = True,
@@ -234,10 +256,15 @@ def evaluate_fidelity(
     With p the teacher, q the student and s a state, each value below is a mean over the tokens of one set of states.
     Expectations over the next token are exact; rollouts are drawn at temperature 1.
 
+    With `top_p` below 1, p' and q' are the models as they are then sampled from: each cut to its own nucleus and
+    renormalised. Rollouts, total variation and entropies are theirs. A KL divergence between them is infinite wherever
+    one nucleus is not within the other, so `reverse_kl` is KL(q' || p) and `forward_kl` is KL(p' || q), what is
+    sampled from one model under the other in full; neither is 0 for the teacher itself. NLLs are those of p and q.
+
     The imitation gap is the teacher log-likelihood that is lost by acting as the student instead of as the teacher,
 
-        gap = E_{s ~ teacher} sum_y p(y|s) log p(y|s) - E_{s ~ student} sum_y q(y|s) log p(y|s)
-            = E_{s ~ student} [ KL(q || p) + H(q) ] - E_{s ~ teacher} H(p).
+        gap = E_{s ~ teacher} sum_y p'(y|s) log p(y|s) - E_{s ~ student} sum_y q'(y|s) log p(y|s)
+            = E_{s ~ student} [ KL(q' || p) + H(q') ] - E_{s ~ teacher} [ KL(p' || p) + H(p') ].
 
     It is 0 for the teacher itself, and rewards sharpness: a student that only writes what the teacher finds likely has
     a negative gap. Read it beside the entropies. The same seed draws both sets of rollouts, so the teacher's gap to
@@ -258,6 +285,11 @@ def evaluate_fidelity(
             Rows per batch. Logits of one batch are in memory at a time.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the rollouts. Students that are compared should share it, and the batch size.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Probability mass of the nucleus that both models are sampled from.
+        student_completions (`Sequence[list[int]]`, *optional*):
+            Rollouts of the student from [`sample_completions`], where they are needed for other measures too. Drawn
+            here if not given.
         teacher_completions (`Sequence[list[int]]`, *optional*):
             Rollouts of the teacher from [`sample_completions`] with the same seed, so that an expensive teacher writes
             them once for many students. Drawn here if not given.
@@ -274,29 +306,37 @@ def evaluate_fidelity(
               `teacher_nll` (of the tokens that were in fact written there).
             - `student_states/` and `teacher_states/` followed by `distinct_2`, `completion_length` and `eos_rate`.
             - `imitation_gap`.
+            - With `top_p` below 1, for all states, `outside` and `teacher_cut`: the mass of q' outside of the
+              teacher's nucleus, and KL(p' || p), -log of the teacher's mass within it.
 
     Raises:
-        ValueError: If there are no prompts, a prompt or a reference is empty, or their numbers differ.
+        ValueError: If there are no prompts, a prompt or a reference is empty, their numbers differ, or `top_p` is no
+            mass.
     """
     _check(prompts, references)
+    check_mass("top_p", top_p)
     eos_token_ids = _eos_token_ids(teacher) if eos_token_ids is None else list(eos_token_ids)
     sampling = {
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "seed": seed,
+        "top_p": top_p,
         "eos_token_ids": eos_token_ids,
         "progress": progress,
     }
     if teacher_completions is None:
         teacher_completions = sample_completions(teacher, prompts, **sampling, description="Teacher rollouts")
-    student_completions = sample_completions(student, prompts, **sampling, description="Student rollouts")
+    if student_completions is None:
+        student_completions = sample_completions(student, prompts, **sampling, description="Student rollouts")
 
     states = {"student_states": student_completions, "teacher_states": teacher_completions}
     if references is not None:
         states["reference_states"] = references
     metrics = {}
     for source, completions in states.items():
-        values = _compare(student, teacher, prompts, completions, batch_size, f"Comparing on {source}", progress)
+        values = _compare(
+            student, teacher, prompts, completions, batch_size, top_p, f"Comparing on {source}", progress
+        )
         if source != "reference_states":
             values |= _describe(completions, eos_token_ids)
         metrics |= {f"{source}/{name}": value for name, value in values.items()}
@@ -304,6 +344,7 @@ def evaluate_fidelity(
         metrics["student_states/reverse_kl"]
         + metrics["student_states/student_entropy"]
         - metrics["teacher_states/teacher_entropy"]
+        - metrics.get("teacher_states/teacher_cut", 0.0)
     )
     return metrics
 
