@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import make_model, make_tokenizer
-from trl_kd import AMMConfig, DSKDConfig, cli
+from trl_kd import AMMConfig, DSKDConfig, SparseTDConfig, cli
 from trl_kd.scripts import demo, generate, launch
 
 
@@ -35,7 +35,7 @@ def test_help_lists_every_command_with_one_line(capsys):
     shown = capsys.readouterr().out
     for name, text in cli.COMMANDS.items():
         assert f"  {name}" in shown and text in shown
-        assert (ROOT / "trl_kd" / "scripts" / f"{name}.py").is_file()
+        assert (ROOT / f"{launch.script_module(name).replace('.', '/')}.py").is_file()
 
 
 def test_unknown_command_names_the_known_ones(capsys):
@@ -251,6 +251,116 @@ def test_dskd_trains_the_example_file_across_tokenizers(student_path, tmp_path):
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)
     assert not any("projector" in name or "teacher" in name for name in adapter)
     assert "dual-space distillation" in (tmp_path / "out" / "README.md").read_text()
+
+
+# sparse-td
+
+
+SPARSE_TD_EXAMPLE = ROOT / "examples" / "configs" / "sparse_td_qwen.yaml"
+
+
+def test_sparse_td_example_file_has_known_options_only():
+    from trl_kd.scripts.sparse_td import make_parser
+
+    known = {action.dest for action in make_parser()._actions}
+    assert set(yaml.safe_load(SPARSE_TD_EXAMPLE.read_text())) <= known
+
+
+def test_sparse_td_help_is_complete(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["sparse-td", "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert [field.name for field in dataclasses.fields(SparseTDConfig) if f"--{field.name}" not in shown] == []
+    assert "-m trl_kd.scripts.sparse_td" in shown
+
+
+def test_sparse_td_without_teacher_and_cache_is_one_clear_line(capsys, tmp_path):
+    arguments = ["--model_name_or_path", "a", "--dataset_name", "x.jsonl", "--output_dir", str(tmp_path)]
+    message = fails_with(capsys, ["sparse-td", *arguments])
+    assert "`teacher_model_name_or_path` is not set, and neither is `teacher_cache`" in message
+
+
+def cache_arguments(student: str, teacher: str, dataset: Path | str, folder: Path, **changes: object) -> list[str]:
+    settings = {
+        "model_name_or_path": student,
+        "teacher_model_name_or_path": teacher,
+        "dataset_name": dataset,
+        "output_dir": folder,
+        **changes,
+    }
+    return ["cache", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
+
+
+def without_teacher(arguments: list[str]) -> list[str]:
+    place = arguments.index("--teacher_model_name_or_path")
+    return arguments[:place] + arguments[place + 2 :]
+
+
+def refuse_models(monkeypatch) -> None:
+    """From here on, whoever loads a teacher fails."""
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("a teacher was loaded")
+
+    monkeypatch.setattr("trl_kd.teachers.local.LocalTeacher.__init__", refuse)
+
+
+def history(checkpoint: Path, name: str) -> list[float]:
+    """Values of one logged number."""
+    entries = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in entries if name in entry]
+
+
+def test_sparse_td_from_a_cache_loads_no_teacher_and_has_the_losses_of_the_teacher(
+    student_path, teacher_path, prompt_completion_dataset, tmp_path, monkeypatch
+):
+    """Rows, batches and sets are the same; what is left, without rounding to few bits, is that of float32."""
+    rows = write_rows(tmp_path / "rows", prompt_completion_dataset)
+    logs = ["--logging_steps", "1", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"]
+    live = amm_arguments(student_path, teacher_path, rows, tmp_path / "live")
+    assert cli.main(["sparse-td", *live[1:], *logs]) == 0
+    splits = {"cache": {}, "eval cache": {"dataset_train_split": "test"}}
+    for name, split in splits.items():
+        cli.main(cache_arguments(student_path, teacher_path, rows, tmp_path / name, bits=32, **split))
+
+    refuse_models(monkeypatch)
+    cached = amm_arguments(student_path, teacher_path, rows, tmp_path / "cached")
+    caches = ["--teacher_cache", str(tmp_path / "cache"), "--eval_teacher_cache", str(tmp_path / "eval cache")]
+    assert cli.main(["sparse-td", *without_teacher(cached[1:]), *caches, *logs]) == 0
+    checkpoints = tmp_path / "live" / "checkpoint-2", tmp_path / "cached" / "checkpoint-2"
+    for name in ("loss", "eval_loss", "kd/off_policy/tail"):
+        expected, found = (history(checkpoint, name) for checkpoint in checkpoints)
+        assert expected and found == pytest.approx(expected, rel=1e-4), name
+    assert changed(student_path, tmp_path / "cached")
+
+
+def test_amm_from_a_cache_loads_no_teacher(
+    student_path, teacher_path, prompt_completion_dataset, tmp_path, monkeypatch
+):
+    prompt_completion_dataset.to_json(tmp_path / "rows.jsonl")
+    cli.main(cache_arguments(student_path, teacher_path, tmp_path / "rows.jsonl", tmp_path / "cache"))
+    refuse_models(monkeypatch)
+    arguments = amm_arguments(student_path, teacher_path, tmp_path / "rows.jsonl", tmp_path / "out")
+    source = ["--teacher_cache", str(tmp_path / "cache"), "--lmbda", "0"]
+    assert cli.main([*without_teacher(arguments), *source]) == 0
+    assert changed(student_path, tmp_path / "out")
+
+
+def test_sparse_td_example_file_runs_with_the_teacher_and_from_a_cache(
+    student_path, teacher_path, conversational_dataset, tmp_path
+):
+    """With small values on top, and the teacher as a whole; a cache wins over the teacher that the file names too."""
+    conversational_dataset.to_json(tmp_path / "turns.jsonl")
+    cache = cache_arguments(student_path, teacher_path, tmp_path / "turns.jsonl", tmp_path / "cache", max_length=1024)
+    cli.main(cache)
+    for name, source in (("live", []), ("cached", ["--teacher_cache", str(tmp_path / "cache")])):
+        local = amm_arguments(student_path, teacher_path, tmp_path / "turns.jsonl", tmp_path / name)
+        few = ["--teacher_model_init_kwargs", "{}", "--gradient_accumulation_steps", "2", *source]
+        cli.main(["sparse-td", "--config", str(SPARSE_TD_EXAMPLE), *local[1:], *few])
+        adapter = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert any(tensor.abs().max() > 0 for key, tensor in adapter.items() if "lora_B" in key)
+        assert "SparseTD" in (tmp_path / name / "README.md").read_text()
 
 
 # Launching

@@ -10,16 +10,18 @@ import pytest
 import yaml
 from trl import SFTConfig, TrlParser
 
-from trl_kd import AMMConfig, DSKDConfig, KDConfig
+from trl_kd import AMMConfig, DSKDConfig, KDConfig, SparseTDConfig
 from trl_kd.scripts.generate import GenerateArguments
 
 
-CONFIGS = [KDConfig, AMMConfig, DSKDConfig, GenerateArguments]
+CONFIGS = [KDConfig, AMMConfig, DSKDConfig, SparseTDConfig, GenerateArguments]
 
 # field -> (text on the command line, value that is meant). A new field needs a line here.
 EXAMPLES = {
     "teacher_model_name_or_path": ("some/teacher", "some/teacher"),
     "teacher_model_init_kwargs": ('{"dtype": "bfloat16"}', {"dtype": "bfloat16"}),
+    "teacher_cache": ("teacher cache", "teacher cache"),
+    "eval_teacher_cache": ("other cache", "other cache"),
     "lmbda": ("0.25", 0.25),
     "on_policy_weight": ("0.75", 0.75),
     "off_policy_source": ("teacher", "teacher"),
@@ -98,6 +100,31 @@ EXAMPLES = {
     "cma_norm_scope": ("padded", "padded"),
     "projector_hidden_size": ("64", 64),
     "projector_pretraining_steps": ("10", 10),
+    "objectives": ('{"inverse_soft_q": 0.5, "sqil": 1.0}', {"inverse_soft_q": 0.5, "sqil": 1.0}),
+    "tail_weight": ("0.5", 0.5),
+    "action_set": ("min_p", "min_p"),
+    "action_top_p": ("0.9", 0.9),
+    "action_top_k": ("20", 20),
+    "action_min_p": ("0.2", 0.2),
+    "action_threshold": ("0.05", 0.05),
+    "max_actions": ("64", 64),
+    "label_outside": ("union", "union"),
+    "chi2_alpha": ("0.5", 0.5),
+    "chi2_center": ("teacher", "teacher"),
+    "gauge": ("logsoftmax", "logsoftmax"),
+    "q_min": ("-20.0", -20.0),
+    "backup": ("hard", "hard"),
+    "entropy_weight": ("0.5", 0.5),
+    "returns": ("lambda", "lambda"),
+    "n_steps": ("8", 8),
+    "td_lambda": ("0.5", 0.5),
+    "detach_next": ("true", True),
+    "target_ema": ("0.99", 0.99),
+    "truncation": ("bootstrap", "bootstrap"),
+    "train_eos": ("false", False),
+    "lm_weight": ("0.5", 0.5),
+    "kd_ratio": ("0.25", 0.25),
+    "margin": ("0.8", 0.8),
     "dataset_name": ("prompts.jsonl", "prompts.jsonl"),
     "dataset_config": ("main", "main"),
     "dataset_split": ("test", "test"),
@@ -107,11 +134,19 @@ EXAMPLES = {
     "num_completions": ("4", 4),
 }
 
+# Where two configurations have different fields of one name
+OWN_EXAMPLES = {(SparseTDConfig, "preset"): ("paper", "paper")}
+
 TYPE_NAMES = {"str", "int", "float", "bool", "dict", "list"}
 
 
 def default_of(field: dataclasses.Field):
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def example_of(config: type, name: str) -> tuple[str, object]:
+    """Text of a field on the command line, and the value that is meant."""
+    return OWN_EXAMPLES.get((config, name), EXAMPLES[name])
 
 
 def own_fields(config: type) -> list[dataclasses.Field]:
@@ -183,7 +218,7 @@ def test_config_field_help_says_what_the_docstring_says(config, field):
 
 @pytest.mark.parametrize(("config", "field"), CASES)
 def test_config_field_has_an_example_that_differs_from_the_default(config, field):
-    assert EXAMPLES[field.name][1] != default_of(field)
+    assert example_of(config, field.name)[1] != default_of(field)
 
 
 def parse(config: type, arguments: list[str]):
@@ -196,7 +231,7 @@ def base_arguments(config: type, tmp_path) -> list[str]:
 
 @pytest.mark.parametrize(("config", "field"), CASES)
 def test_config_field_is_read_from_the_command_line(config, field, tmp_path):
-    text, value = EXAMPLES[field.name]
+    text, value = example_of(config, field.name)
     parsed = parse(
         config,
         [*base_arguments(config, tmp_path), f"--{field.name}", *(text.split() if isinstance(value, list) else [text])],
@@ -207,7 +242,7 @@ def test_config_field_is_read_from_the_command_line(config, field, tmp_path):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config_fields_are_read_from_yaml(config, tmp_path):
-    values = {field.name: EXAMPLES[field.name][1] for field in own_fields(config)}
+    values = {field.name: example_of(config, field.name)[1] for field in own_fields(config)}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(values))
     parsed = parse(config, [*base_arguments(config, tmp_path), "--config", str(file)])
@@ -238,7 +273,7 @@ def test_config_help_shows_every_field(config):
     assert not any(action.help is argparse.SUPPRESS for action in parser._actions)
 
 
-@pytest.mark.parametrize("config", [KDConfig, AMMConfig, DSKDConfig])
+@pytest.mark.parametrize("config", [KDConfig, AMMConfig, DSKDConfig, SparseTDConfig])
 def test_config_docstring_note_names_changed_defaults(config):
     """A field that the parent has too, with another default, is named in the note."""
     parent = config.__mro__[1]
@@ -249,7 +284,7 @@ def test_config_docstring_note_names_changed_defaults(config):
             assert f"`{field.name}`" in note
 
 
-@pytest.mark.parametrize("config", [KDConfig, AMMConfig, DSKDConfig])
+@pytest.mark.parametrize("config", [KDConfig, AMMConfig, DSKDConfig, SparseTDConfig])
 def test_config_docstring_has_no_entry_without_a_field(config):
     names = re.findall(r"^ +(\w+) \(`", config.__doc__, flags=re.MULTILINE)
     assert names and set(names) <= {field.name for field in dataclasses.fields(config)}

@@ -11,9 +11,9 @@ import torch
 
 from tests.tiny import make_model, make_tokenizer
 from tests.trainer.runs import config, logged, pair, tiny_dataset
-from trl_kd import DSKDConfig, KDConfig, losses
+from trl_kd import DSKDConfig, KDConfig, SparseTDConfig, SparseTDTrainer, losses
 from trl_kd.modules import LMHead
-from trl_kd.trainer.dskd_config import PRESETS
+from trl_kd.trainer import dskd_config, sparse_td_config
 
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,13 @@ def other_teacher_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("page", "method"), [("README.md", "AMM"), ("docs/amm_trainer.md", "AMM"), ("docs/dskd_trainer.md", "DSKD")]
+    ("page", "method"),
+    [
+        ("README.md", "AMM"),
+        ("docs/amm_trainer.md", "AMM"),
+        ("docs/dskd_trainer.md", "DSKD"),
+        ("docs/sparse_td_trainer.md", "SparseTD"),
+    ],
 )
 def test_example_of_a_page_trains_on_tiny_models(
     page, method, conversational_dataset, student_path, teacher_path, other_teacher_path, tmp_path, monkeypatch
@@ -74,10 +80,59 @@ def test_example_of_a_page_trains_on_tiny_models(
     assert getattr(namespace["trainer"], "is_dual", False) == (method == "DSKD")
 
 
-def test_options_of_dskd_are_on_its_page():
-    text = (ROOT / "docs" / "dskd_trainer.md").read_text()
+def test_example_script_of_sparse_td_trains_with_a_teacher_and_from_a_cache(
+    conversational_dataset, student_path, teacher_path, tmp_path, monkeypatch
+):
+    """The script as it stands, but for the names of models and the size of the run."""
+    script = (ROOT / "examples" / "sparse_td.py").read_text()
+    for name, path in (("Qwen/Qwen2.5-0.5B-Instruct", student_path), ("Qwen/Qwen2.5-1.5B-Instruct", teacher_path)):
+        assert script.count(f'"{name}"') == 1
+        script = script.replace(f'"{name}"', repr(path))
+    small = "use_cpu=True, report_to=[], logging_steps=1, max_steps=2"
+    script = script.replace("max_steps=500", small).replace('{"dtype": "bfloat16"}', "None")
+
+    def load_dataset(path, name=None, split=None, **kwargs):
+        return conversational_dataset if split else {"train": conversational_dataset}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    trainers = []
+    original = SparseTDTrainer.train
+    monkeypatch.setattr(SparseTDTrainer, "train", lambda self: (trainers.append(self), original(self)))
+    exec(script, {})
+    live, cached = (logged(trainer, "loss") for trainer in trainers)
+    # The same rows and sets but for the rounding of the cache to 8 bits, which may move the end of a set by a token
+    assert len(live) == 2 and cached == pytest.approx(live, rel=1e-2)
+    for name in ("Qwen2.5-0.5B-SparseTD", "Qwen2.5-0.5B-SparseTD-cached"):
+        assert (tmp_path / name / "adapter_model.safetensors").is_file()
+
+
+def test_loss_of_your_own_on_the_page_of_sparse_td_trains(tokenizer, tmp_path):
+    text = (ROOT / "docs" / "sparse_td_trainer.md").read_text()
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", text, flags=re.S) if "Transitions" in block)
+    namespace = {}
+    exec(block, namespace)
+    settings = {name: value for name, value in vars(config(tmp_path)).items() if name in ("max_steps", "use_cpu")}
+    args = SparseTDConfig(
+        str(tmp_path), logging_steps=1, report_to=[], save_strategy="no", gauge="max", tail_weight=1.0, **settings
+    )
+    student, teacher = pair(tokenizer)
+    rows = tiny_dataset().remove_columns("completion")  # the teacher writes, so that tokens are in its sets
+    objective = namespace["huber_teacher_reward"]
+    trainer = SparseTDTrainer(student, teacher, args, rows, processing_class=tokenizer, objective=objective)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    values = first["kd/off_policy/objective"], first["kd/off_policy/tail"]
+    assert min(values) > 0 and first["loss"] == pytest.approx(sum(values), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("page", "config_class"), [("dskd_trainer", DSKDConfig), ("sparse_td_trainer", SparseTDConfig)]
+)
+def test_options_of_a_method_are_on_its_page(page, config_class):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
     shared = {field.name for field in dataclasses.fields(KDConfig)}
-    own = [field.name for field in dataclasses.fields(DSKDConfig) if field.name not in shared]
+    own = [field.name for field in dataclasses.fields(config_class) if field.name not in shared]
     assert [name for name in own if not re.search(rf"`{name}\b", text)] == []
 
 
@@ -86,11 +141,23 @@ def test_presets_of_dskd_are_those_of_the_table_on_its_page():
     table = text[text.index("| field | `preset=") :].split("\n\n")[0].splitlines()
     shown = re.findall(r'preset="(\w+)"', table[0])
     rows = {cells[1].strip(" `"): cells[2:] for cells in (row.split("|") for row in table[2:])}
-    assert shown == list(PRESETS) and set(rows) == set().union(*PRESETS.values())
-    for number, decided in enumerate(PRESETS.values()):
+    presets = dskd_config.PRESETS
+    assert shown == list(presets) and set(rows) == set().union(*presets.values())
+    for number, decided in enumerate(presets.values()):
         for name, value in decided.items():
             # The first word of a cell: what follows are exceptions
             assert rows[name][number].split("`")[1].strip('"') == str(value), name
+
+
+def test_presets_of_sparse_td_are_those_of_the_table_on_its_page():
+    text = (ROOT / "docs" / "sparse_td_trainer.md").read_text()
+    table = text[text.index("| field | `preset=") :].split("\n\n")[0].splitlines()
+    rows = {cells[1].strip(" `"): cells[2:] for cells in (row.split("|") for row in table[2:])}
+    presets = sparse_td_config.PRESETS
+    assert re.findall(r'preset="(\w+)"', table[0]) == list(presets)
+    for number, decided in enumerate(presets.values()):
+        shown = {name: cells[number].strip(" `").replace('"', "'") for name, cells in rows.items()}
+        assert shown == {name: repr(value) for name, value in decided.items()}
 
 
 @pytest.mark.parametrize("name", [name for name in losses.__all__ if name not in ("LinearLoss", "Term")])

@@ -5,16 +5,20 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
+from trl_kd.scripts.launch import launch, script_module, split_launch_arguments
 
-# Command -> what it does, in one line. The module is `trl_kd.scripts.<command>`.
+
+# Command -> what it does, in one line. Its module is `script_module(command)`.
 COMMANDS = {
     "amm": "distil a teacher into a student by adversarial moment matching",
     "dskd": "distil a teacher into a student by dual-space distillation, also across tokenizers",
+    "sparse-td": "distil a teacher into a student on the teacher's likeliest tokens, also from a cache of them",
     "generate": "let a teacher write the completions for the prompts of a dataset",
+    "cache": "write a teacher's likeliest tokens for a dataset to disk, to train without the teacher",
     "demo": "see all of it on a CPU, offline, on a small teacher made on the spot",
 }
 # These go through `accelerate launch` when a launch argument is given.
-TRAINING_COMMANDS = ("amm", "dskd")
+TRAINING_COMMANDS = ("amm", "dskd", "sparse-td")
 
 
 def make_parser() -> ArgumentParser:
@@ -63,14 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argv[1:]
 
     if command in TRAINING_COMMANDS and not {"-h", "--help"} & set(arguments):
-        from trl_kd.scripts.launch import launch, split_launch_arguments
-
         launch_arguments, arguments = split_launch_arguments(arguments, prog=f"trl-kd {command}")
         if launch_arguments:
-            launch(f"trl_kd.scripts.{command}", launch_arguments, arguments)
+            launch(script_module(command), launch_arguments, arguments)
             return 0
 
-    importlib.import_module(f"trl_kd.scripts.{command}").run(arguments, prog=f"trl-kd {command}")
+    importlib.import_module(script_module(command)).run(arguments, prog=f"trl-kd {command}")
     return 0
 
 

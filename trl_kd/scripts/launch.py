@@ -18,6 +18,11 @@ LAUNCH_ARGUMENTS = {
 }
 
 
+def script_module(command: str) -> str:
+    """The module of a command: `sparse-td` is `trl_kd.scripts.sparse_td`."""
+    return f"trl_kd.scripts.{command.replace('-', '_')}"
+
+
 def launch_help(module: str) -> str:
     """What a training command's `--help` says about several processes; `module` is the command's."""
     return (

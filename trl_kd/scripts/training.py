@@ -46,13 +46,16 @@ def train(
 
 
 def check_arguments(script_args, training_args, model_args, dataset_args) -> None:
-    """Refuse a command that names no student, no teacher, or not exactly one source of data."""
-    for name, value in (
-        ("model_name_or_path", model_args.model_name_or_path),
-        ("teacher_model_name_or_path", training_args.teacher_model_name_or_path),
-    ):
-        if value is None:
-            raise ValueError(f"`{name}` is not set, but distillation needs two models. Pass `--{name}`.")
+    """Refuse a command that names no student, no teacher and no cache, or not exactly one source of data."""
+    if model_args.model_name_or_path is None:
+        raise ValueError(
+            "`model_name_or_path` is not set, but distillation needs a student. Pass `--model_name_or_path`."
+        )
+    if training_args.teacher_model_name_or_path is None and training_args.teacher_cache is None:
+        raise ValueError(
+            "`teacher_model_name_or_path` is not set, and neither is `teacher_cache`, but distillation needs a "
+            "teacher. Pass `--teacher_model_name_or_path`, or `--teacher_cache` with a folder of `trl-kd cache`."
+        )
     if bool(script_args.dataset_name) == bool(dataset_args.datasets):
         given = "both are set" if script_args.dataset_name else "neither is set"
         raise ValueError(
@@ -102,6 +105,11 @@ METHODS = {
         "DSKDTrainer",
         "Distil a teacher into a student by dual-space distillation (DSKD), also across tokenizers.",
     ),
+    "sparse-td": (
+        "SparseTDConfig",
+        "SparseTDTrainer",
+        "Distil a teacher into a student on the teacher's likeliest tokens (SparseTD), also from a cache of them.",
+    ),
 }
 
 
@@ -111,7 +119,7 @@ def make_parser(method: str, prog: str | None = None) -> "TrlParser":
 
     import trl_kd
     from trl_kd.scripts.arguments import HelpFormatter
-    from trl_kd.scripts.launch import launch_help
+    from trl_kd.scripts.launch import launch_help, script_module
 
     config, _, description = METHODS[method]
     return TrlParser(
@@ -123,7 +131,7 @@ def make_parser(method: str, prog: str | None = None) -> "TrlParser":
         description=f"{description}\n\n"
         "--config FILE.yaml sets any option; the command line wins. --dataset_name takes a Hub name, a local .jsonl,\n"
         ".jsonl.gz, .json or .parquet file (its rows are the split `train`), or a folder with one file per split.",
-        epilog=launch_help(f"trl_kd.scripts.{method}"),
+        epilog=launch_help(script_module(method)),
         formatter_class=HelpFormatter,
     )
 
