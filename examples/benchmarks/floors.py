@@ -26,11 +26,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trl_kd.losses import LinearLoss, Term, linear_loss
+from trl_kd.losses import LinearLoss, Term, linear_loss, top_tokens
 from trl_kd.modules import LMHead
 
 
 Shape = tuple[int, int, int, int]  # N, H_s, H_t, V
+CACHED = 64  # tokens of a state that are taken from the teacher
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
@@ -44,16 +45,17 @@ class Batch:
     labels: torch.Tensor  # (N,)
     weights: torch.Tensor  # (N,), of the counted rows in their mean
     chunk_size: int
+    top: tuple[torch.Tensor, torch.Tensor]  # (N, K): the teacher's most likely tokens, as from a cache
     engine: Callable[..., LinearLoss] = linear_loss
 
     @classmethod
     def random(cls, shape: Shape, valid: float, frozen_head: bool, chunk_size: int, dtype: torch.dtype, device: str):
         """Logits with a standard deviation of 2: neither flat nor one-hot."""
         n, student_width, teacher_width, vocab_size = shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)  # a CPU would take seconds for what a GPU's heads hold
 
         def normal(rows: int, width: int, scale: float) -> torch.Tensor:
-            return (torch.empty(rows, width).normal_(generator=generator) * scale).to(device, dtype)
+            return (torch.empty(rows, width, device=device).normal_(generator=generator) * scale).to(dtype)
 
         student = normal(vocab_size, student_width, 2 / math.sqrt(student_width)).requires_grad_(not frozen_head)
         teacher = normal(vocab_size, teacher_width, 2 / math.sqrt(teacher_width))
@@ -68,10 +70,11 @@ class Batch:
         states = {name: normal(n, head.weight.shape[1], 1.0) for name, head in heads.items()}
         for name in states.keys() - {"teacher"}:
             states[name].requires_grad_()
-        mask = (torch.randperm(n, generator=generator) < max(1, round(n * valid))).to(device)
-        labels = torch.randint(vocab_size, (n,), generator=generator).to(device)
+        mask = torch.randperm(n, generator=generator, device=device) < max(1, round(n * valid))
+        labels = torch.randint(vocab_size, (n,), generator=generator, device=device)
         weights = torch.full((n,), 1.0, device=device) / mask.sum()
-        return cls(states, heads, mask, labels, weights, chunk_size)
+        top = top_tokens(states["teacher"], heads["teacher"], min(CACHED, vocab_size))
+        return cls(states, heads, mask, labels, weights, chunk_size, top)
 
     def leaves(self) -> dict[str, torch.Tensor]:
         """Tensors that get a gradient."""
@@ -98,7 +101,13 @@ class Batch:
 
     def loss(self, pairs: dict[str, tuple[torch.Tensor, LMHead]], terms: dict[str, Term]) -> torch.Tensor:
         """The weighted sum of the terms, by this batch's engine."""
-        return self.engine(pairs, terms, self.labels[self.mask], self.chunk_size).loss
+        ids, log_probs = self.cached()
+        labels = {"labels": self.labels[self.mask], "ids": ids, "top": log_probs}
+        return self.engine(pairs, terms, labels, self.chunk_size).loss
+
+    def cached(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's tokens of the rows that count."""
+        return tuple(part[self.mask] for part in self.top)
 
     def double(self) -> "Batch":
         """The same numbers as leaves in float64."""
@@ -108,20 +117,20 @@ class Batch:
 
         heads = {name: replace(head, weight=leaf(head.weight)) for name, head in self.heads.items()}
         states = {name: leaf(states) for name, states in self.states.items()}
-        return replace(self, states=states, heads=heads, weights=self.weights.double())
+        top = self.top[0], self.top[1].double()
+        return replace(self, states=states, heads=heads, weights=self.weights.double(), top=top)
 
     def rows(self, index: torch.Tensor) -> "Batch":
         """Some of the rows; their gradients reach the leaves of this batch."""
         states = {name: states[index] for name, states in self.states.items()}
-        return replace(
-            self, states=states, mask=self.mask[index], labels=self.labels[index], weights=self.weights[index]
-        )
+        own = {name: getattr(self, name)[index] for name in ("mask", "labels", "weights")}
+        return replace(self, states=states, **own, top=tuple(part[index] for part in self.top))
 
 
-def plain_loss(pairs: dict, terms: dict[str, Term], labels: torch.Tensor, chunk_size: int | None) -> LinearLoss:
+def plain_loss(pairs: dict, terms: dict[str, Term], labels: dict, chunk_size: int | None) -> LinearLoss:
     """What `linear_loss` computes, on the logits of all rows at once and by autograd."""
     inputs = {name: states if head is None else head(states) for name, (states, head) in pairs.items()}
-    inputs["labels"] = labels
+    inputs |= labels
     trained = [term for term in terms.values() if term.weights is not None]
     values = [term.function(*(inputs[name] for name in term.inputs)) for term in trained]
     return LinearLoss(sum((v * term.weights).sum() for v, term in zip(values, trained, strict=True)), {})

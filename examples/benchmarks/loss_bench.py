@@ -10,7 +10,8 @@ Every entry goes forward and backward, to the gradients of the student's hidden 
 
 * Time is a ratio to the entry's floor (`floors.py`) in the same round: CPU time of one thread on a CPU, which other
   processes disturb least; wall time on a GPU.
-* Peak memory is what a call adds to its inputs, in a fresh process; the workspace is the peak without the gradients.
+* Peak memory is what a call adds to its inputs, on a CPU in a fresh process; the workspace is the peak without the
+  gradients.
 * The gradient error is relative (L2), of the tensor that is worst, against the plain functions in float64.
 
 `--judge` measures what the bars need and ends with status 1 if one is missed. Liger's entries need `liger-kernel`.
@@ -47,17 +48,27 @@ from floors import (
 
 from trl_kd import AMMConfig
 from trl_kd.losses import (
+    OnSet,
     Term,
     critic_objective,
     cross_entropy,
     entropy,
     exact_moment,
+    expected_inverse_soft_q,
     forward_kl,
+    full_set,
     generalized_jsd,
+    inverse_soft_q,
     moment,
+    next_values,
     reverse_kl,
+    set_forward_kl,
+    set_logits,
+    soft_value,
+    tail_nll,
     top1_agreement,
     total_variation,
+    weighted_sum,
 )
 
 
@@ -114,6 +125,35 @@ def dskd(batch: Batch) -> torch.Tensor:
     return batch.loss(pairs, terms)
 
 
+def sparse_set(batch: Batch) -> torch.Tensor:
+    """The expected form on a cached set whose tokens are all that is normalised over."""
+    (states, head), (ids, log_probs) = batch.pairs("student")["student"], batch.cached()
+    q, mask = set_logits(states, head, ids), full_set(log_probs)
+    values = expected_inverse_soft_q(q, mask, log_probs, soft_value(q, mask))
+    return weighted_sum(values, batch.weights[batch.mask])
+
+
+def sparse_td(batch: Batch) -> torch.Tensor:
+    """Inverse soft-Q with chi-square on a cached set: the rows are one text, its tokens the teacher's most likely."""
+    (states, head), (ids, log_probs) = batch.pairs("student")["student"], batch.cached()
+    q, mask = set_logits(states, head, ids), full_set(log_probs)
+    v_t = soft_value(q, mask)
+    v_tp1 = next_values(v_t[None], torch.ones_like(v_t[None], dtype=torch.bool))[0]
+    return weighted_sum(inverse_soft_q(q[:, 0], v_t, v_tp1, 0.99, chi2_alpha=0.1), batch.weights[batch.mask])
+
+
+def sparse_expected(batch: Batch) -> torch.Tensor:
+    """What `SparseTDTrainer` does by default from a cache, with what it logs."""
+    on_set = ("student", "ids", "top")
+    terms = {"set_forward_kl": batch.term(set_forward_kl, *on_set), "tail": Term(tail_nll, on_set)}
+    return batch.loss(batch.pairs("student"), terms)
+
+
+def sparse_total_variation(batch: Batch) -> torch.Tensor:
+    """Total variation from a cache, with one bucket for all other tokens."""
+    return batch.loss(batch.pairs("student"), {"tv": batch.term(OnSet(total_variation), "student", "ids", "top")})
+
+
 def plain(loss: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
     """The same loss on the logits of all rows, by autograd."""
     return loss(replace(batch, engine=plain_loss))
@@ -155,6 +195,7 @@ class Entry:
     function: Callable[[Batch], torch.Tensor]
     floor: str = "gemm4"
     same_as: str | None = None
+    is_sum: bool = True  # over rows, of which none needs another
 
 
 jsd = partial(generalized_jsd, beta=0.5)
@@ -168,10 +209,15 @@ ENTRIES = {
     "amm_learned_1": Entry(amm_learned_once, "gemm7"),
     "amm_learned_5": Entry(partial(amm_learned, 5), "gemm15"),
     "dskd": Entry(dskd, "gemm8"),
+    "sparse_set": Entry(sparse_set),
+    "sparse_td": Entry(sparse_td, is_sum=False),
+    "sparse_expected": Entry(sparse_expected),
+    "sparse_total_variation": Entry(sparse_total_variation),
     "plain_forward_kl": Entry(partial(plain, partial(divergence, forward_kl)), same_as="forward_kl"),
     "plain_jsd": Entry(partial(plain, partial(divergence, jsd)), same_as="jsd"),
     "plain_total_variation": Entry(partial(plain, partial(divergence, total_variation)), same_as="total_variation"),
     "plain_amm_exact": Entry(partial(plain, amm_exact), same_as="amm_exact"),
+    "plain_sparse_total_variation": Entry(partial(plain, sparse_total_variation), same_as="sparse_total_variation"),
     "trl_forward_kl": Entry(partial(trl_tiled, 0.0), same_as="forward_kl"),
     "trl_jsd": Entry(partial(trl_tiled, 0.5), same_as="jsd"),
     "trl_gkd_jsd": Entry(partial(trl_gkd, 0.5), same_as="jsd"),
@@ -238,8 +284,9 @@ def times(names: list[str], settings: dict[str, Setting], args: argparse.Namespa
 
 def peak(name: str, setting: Setting) -> dict[str, float]:
     """MiB that one call adds to its inputs, and MiB of the gradients that it hands back."""
-    small = replace(setting, shape=(16, *setting.shape[1:3], 512), valid=1.0)
-    call(name, small.batch())  # loads code
+    # Loads code; what is compiled for one vocabulary should meet no other
+    vocab_size = setting.shape[3] if setting.device == "cuda" else 512
+    call(name, replace(setting, shape=(16, *setting.shape[1:3], vocab_size), valid=1.0).batch())
     batch = setting.batch()
     if setting.device == "cuda":
         synchronize("cuda")
@@ -263,6 +310,12 @@ def resident(key: str) -> int:
 
 def peak_apart(name: str, setting: Setting, threads: int) -> dict[str, float] | None:
     """`peak` in a process of its own; `None` if that did not end well."""
+    if setting.device == "cuda":  # counts what is allocated, whoever was there before
+        try:
+            return peak(name, setting)
+        except torch.OutOfMemoryError:
+            print(f"no peak of {name}: out of memory", file=sys.stderr)
+            return None
     child = [sys.executable, __file__, "--child", json.dumps([name, vars(setting)]), "--threads", str(threads)]
     # Freed memory goes back at once: glibc would keep blocks below a limit that grows, and the call use them unseen
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
@@ -284,8 +337,8 @@ def gradient_errors(names: list[str], setting: Setting) -> dict[str, float]:
             groups.setdefault(ENTRIES[name].same_as or name, []).append(name)
     for reference, members in groups.items():
         exact.clear()
-        # Losses are sums over rows, so that pieces of the batch add up
-        for index in batch.mask.nonzero().squeeze(1).split(64):
+        # Sums over rows, so that pieces of the batch add up
+        for index in batch.mask.nonzero().squeeze(1).split(64 if ENTRIES[reference].is_sum else len(batch.mask)):
             ENTRIES[reference].function(exact.rows(index)).backward()
         expected = exact.gradients()
         for name in members:
@@ -364,8 +417,34 @@ SHORT, LONG = (512, 128, 128, 32000), (2048, 128, 128, 32000)
 GPU = (8192, 2048, 2048, 151936)
 # Gradients with signs of differences: rounding flips those of nearly equal probabilities in any float32 form, so that
 # these are compared with the plain one's error
-SIGNED = ("total_variation", "amm_exact")
+SIGNED = ("total_variation", "amm_exact", "sparse_total_variation")
 OURS = [name for name, entry in ENTRIES.items() if entry.same_as is None]
+
+
+CACHED_SHAPE, CACHED_NARROW = (256, 512, 512, 50257), (256, 512, 512, 12564)
+
+
+def judge_cached(setting: Setting, args: argparse.Namespace) -> tuple[list[Verdict], dict[str, Any]]:
+    """The bars of losses from a cache, which need no teacher."""
+    everything = argparse.Namespace(**vars(args) | {"measures": ["time", "memory", "gradient"]})
+    names = ["sparse_set", "sparse_td", "sparse_expected", "sparse_total_variation"]
+    settings = {shape: replace(setting, shape=shape) for shape in (CACHED_SHAPE, CACHED_NARROW)}
+    figures = {shape: measure(names, each, everything) for shape, each in settings.items()}
+    verdicts = []
+    for name, limit in (("sparse_set", 0.12), ("sparse_td", 0.12), ("sparse_expected", 0.90)):
+        row = figures[CACHED_SHAPE][name]
+        verdicts.append(Verdict(f"time of {name} / gemm4 at {CACHED_SHAPE}", row.get("time_ratio"), limit))
+        verdicts.append(Verdict(f"gradient error of {name} at {CACHED_SHAPE}", row["gradient_error"], 1e-5))
+    for name in ("sparse_set", "sparse_td"):
+        spaces = [figures[shape][name].get("workspace") for shape in (CACHED_SHAPE, CACHED_NARROW)]
+        growth = None if None in spaces else spaces[0] / spaces[1]
+        verdicts.append(Verdict(f"workspace of {name} at four times the vocabulary", growth, 1.1))
+    chunk = min(setting.chunk_size, CACHED_SHAPE[0]) * CACHED_SHAPE[3] * 4 / 2**20
+    space = figures[CACHED_SHAPE]["sparse_expected"].get("workspace")
+    verdicts.append(Verdict(f"workspace of sparse_expected / a chunk's logits ({chunk:.0f} MiB)", space / chunk, 2.0))
+    for shape, rows in figures.items():
+        tabulate(rows, settings[shape], args.markdown)
+    return verdicts, {f"cached {shape}": rows for shape, rows in figures.items()}
 
 
 def judge_cpu(setting: Setting, args: argparse.Namespace) -> tuple[list[Verdict], dict[str, Any]]:
@@ -467,6 +546,9 @@ def main() -> None:
     verdicts, report = None, {}
     if args.judge:
         verdicts, report = (judge_gpu if args.device == "cuda" else judge_cpu)(setting, args)
+        if args.device == "cpu":
+            more, figures = judge_cached(setting, args)
+            verdicts, report = verdicts + more, report | figures
     else:
         names = args.entries or list(ENTRIES)
         if find_spec("liger_kernel") is None and any(name.startswith("liger") for name in names):

@@ -3,9 +3,11 @@ Whole on-policy steps of our trainers beside those of TRL's `DistillationTrainer
 
     HF_HUB_OFFLINE=1 python examples/benchmarks/step_bench.py
     HF_HUB_OFFLINE=1 python examples/benchmarks/step_bench.py --rounds 1 --small
+    HF_HUB_OFFLINE=1 python examples/benchmarks/step_bench.py --device cuda --batch_size 8 --rounds 3
 
 A random student of 15M parameters and a random teacher of 42M share 32,000 tokens. All trainers see the same prompts
-in the same order and write completions of the same length, since EOS is suppressed. Nothing is downloaded.
+in the same order and write completions of the same length, since EOS is suppressed; but for the one that trains from
+a cache, which reads completions of that length. Nothing is downloaded.
 
 Each trainer runs its own `train()` in a thread of its own, and they take turns, one optimizer step at a time: a step
 is everything between the ends of two steps. The order alternates; the first step of each is not counted. Divergences
@@ -28,7 +30,7 @@ from unittest.mock import patch
 import torch
 import trl.trainer.distillation_trainer as trl_distillation
 from datasets import Dataset
-from floors import CLOCKS, Verdict, judge, machine, median_ratio, show
+from floors import CLOCKS, Verdict, judge, machine, median_ratio, show, synchronize
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -36,14 +38,25 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import DistillationConfig, DistillationTrainer
 
 import trl_kd.trainer.kd_trainer as kd_trainer
-from trl_kd import AMMConfig, AMMTrainer, DSKDConfig, DSKDTrainer, KDConfig
-from trl_kd.losses import LinearLoss, Term, generalized_jsd, linear_loss, reverse_kl
+from trl_kd import AMMConfig, AMMTrainer, DSKDConfig, DSKDTrainer, KDConfig, SparseTDConfig, SparseTDTrainer
+from trl_kd.data import prepare_dataset
+from trl_kd.losses import LinearLoss, Term, generalized_jsd, reverse_kl
+from trl_kd.teachers import LocalTeacher
+from trl_kd.teachers.cache_writer import write_cache
 from trl_kd.trainer.tokens import TokenBatch
 
 
+# Vocabulary; width, layers, heads and inner width of student and teacher
+SIZES = {
+    "small": (512, (32, 2, 2, 64), (48, 2, 2, 96)),
+    "cpu": (32_000, (288, 6, 6, 768), (512, 8, 8, 1376)),
+    "cuda": (151_936, (896, 24, 14, 4864), (1536, 28, 12, 8960)),  # about Qwen2.5 0.5B and 1.5B
+}
 # Step time of ours / TRL's, by beta
 BARS = {0.5: 0.65, 1.0: 0.70}
 DSKD_BAR = 1.3
+# From a cache, nothing is written: TRL's step without its generation is what it is compared with
+CACHED, CACHED_BAR = "SparseTD, cache", 0.5
 EOS = 1
 # Timed in place, and put back
 LOSS = "_chunked_divergence_loss", trl_distillation._chunked_divergence_loss
@@ -57,7 +70,7 @@ class JSDTrainer(kd_trainer._KDTrainer):
     def token_loss(self, tokens: TokenBatch) -> LinearLoss:
         """The divergence on all tokens, each with its weight."""
         term = Term(self.divergence, weights=tokens.weights)
-        return linear_loss(tokens.pairs, {"divergence": term}, tokens.labels, self.args.loss_chunk_size)
+        return tokens.linear_loss({"divergence": term}, self.args.loss_chunk_size)
 
 
 class ReverseKLTrainer(JSDTrainer):
@@ -100,12 +113,32 @@ def prompts_of(num_rows: int, longest: int, vocab_size: int) -> Dataset:
     return Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row.tolist()) for row in rows]})
 
 
+def completed(rows: Dataset, length: int, vocab_size: int) -> Dataset:
+    """The same prompts with completions of this length, the EOS that is added included."""
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(3, vocab_size, (len(rows), length - 1), generator=generator).tolist()
+    return rows.add_column("completion", [" " + " ".join(f"w{i}" for i in row) for row in words])
+
+
+def cached_trainer(student: Any, teacher: Any, rows: Dataset, options: dict[str, Any], folder: str) -> Any:
+    """Ours without a teacher: the cache of what it says of these rows is written first, and not timed."""
+    length, vocab_size = options["max_completion_length"], student.config.vocab_size
+    rows, tokenizer = completed(rows, length, vocab_size), tokenizer_of(vocab_size)
+    prepared = prepare_dataset(rows, tokenizer, max_length=None, eos_token_ids=[EOS])
+    write_cache(prepared, LocalTeacher(copy.deepcopy(teacher)), tokenizer, f"{folder}/cache", [EOS])
+    config = SparseTDConfig(**options, teacher_cache=f"{folder}/cache", max_length=None)
+    return SparseTDTrainer(copy.deepcopy(student), None, config, rows, processing_class=tokenizer)
+
+
 def trainers_of(beta: float, args: argparse.Namespace, folder: str) -> dict[str, Any]:
     """TRL's trainer, ours, AMM's and DSKD's, each with models of its own."""
     torch.manual_seed(0)
-    vocab_size = 512 if args.small else 32_000
-    student = model(vocab_size, *((32, 2, 2, 64) if args.small else (288, 6, 6, 768)))
-    teacher = model(vocab_size, *((48, 2, 2, 96) if args.small else (512, 8, 8, 1376)))
+    on_gpu = args.device == "cuda"
+    vocab_size, *widths = SIZES["small" if args.small else args.device]
+    with torch.device(args.device):
+        student, teacher = (model(vocab_size, *width) for width in widths)
+    if on_gpu:
+        student, teacher = student.bfloat16(), teacher.bfloat16()
     sizes = [sum(p.numel() for p in each.parameters()) / 1e6 for each in (student, teacher)]
     print("Student {:.1f}M, teacher {:.1f}M parameters".format(*sizes))
     # The warm-up and one more, so that no loader ends
@@ -118,8 +151,8 @@ def trainers_of(beta: float, args: argparse.Namespace, folder: str) -> dict[str,
         max_steps=args.rounds + 1,
         gradient_checkpointing=args.gradient_checkpointing,
         generation_kwargs={"suppress_tokens": [EOS]},
-        bf16=False,
-        use_cpu=True,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
@@ -130,19 +163,26 @@ def trainers_of(beta: float, args: argparse.Namespace, folder: str) -> dict[str,
         "TRL": (DistillationTrainer, DistillationConfig(**options, beta=beta, shuffle_dataset=False)),
         "ours": (divergence, KDConfig(**ours)),
         "AMM": (AMMTrainer, AMMConfig(**ours)),
+        "AMM learned": (AMMTrainer, AMMConfig(**ours, critic="value_head")),
+        "AMM learned, after": (AMMTrainer, AMMConfig(**ours, critic="value_head", critic_order="after")),
         "DSKD v1": (DSKDTrainer, DSKDConfig(**ours, kd_rate=1.0, preset="v1")),
         "DSKD v2": (DSKDTrainer, DSKDConfig(**ours, kd_rate=1.0, preset="v2")),
     }
-    made = {}
+    made, tokenizer = {}, tokenizer_of(vocab_size)
     for name, (kind, config) in kinds.items():
+        if args.trainers and name not in args.trainers:
+            continue
         made[name] = kind(
             model=copy.deepcopy(student),
-            teacher_model=copy.deepcopy(teacher),
+            teacher_model=teacher if on_gpu else copy.deepcopy(teacher),
             args=config,
             train_dataset=rows,
-            processing_class=tokenizer_of(vocab_size),
+            processing_class=tokenizer,
         )
-        made[name].remove_callback(PrinterCallback)
+    off_policy = options | {"train_sampling_strategy": "sequential"}
+    made[CACHED] = cached_trainer(student, teacher, rows, off_policy, folder)
+    for trainer in made.values():
+        trainer.remove_callback(PrinterCallback)
     return made
 
 
@@ -152,8 +192,8 @@ def trainers_of(beta: float, args: argparse.Namespace, folder: str) -> dict[str,
 class Stopwatch:
     """Seconds by trainer and phase, of whichever trainer has its turn."""
 
-    def __init__(self, clock: Callable[[], float]):
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float], device: str):
+        self.clock, self.device = lambda: (synchronize(device), clock())[1], device
         self.turn = ""
         self.seconds: dict[str, dict[str, list[float]]] = {}
         self.lengths: dict[str, list[int]] = {}  # of the completions
@@ -192,8 +232,13 @@ class Turns(TrainerCallback):
     def step(self) -> None:
         """One optimizer step."""
         self.stopwatch.turn = self.name
+        if self.stopwatch.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         self.go.release()
         self._wait()
+        if self.stopwatch.device == "cuda":  # beyond what the trainer held before the step
+            self.stopwatch.add("peak_mib", (torch.cuda.max_memory_allocated() - before) / 2**20)
 
     def finish(self) -> None:
         """What `train()` does after its last step."""
@@ -241,7 +286,8 @@ def watch_phases(trainers: dict[str, Any], stopwatch: Stopwatch) -> None:
             stopwatch.watch(trl_distillation, LOSS[0], "loss")
         else:
             stopwatch.watch(trainer, "write_with_student", "generation")
-            stopwatch.watch(trainer.teacher, "hidden_states", "teacher forward")
+            if name != CACHED:
+                stopwatch.watch(trainer.teacher, "hidden_states", "teacher forward")
             stopwatch.watch(trainer, "read_tokens", "student forward")
             stopwatch.watch(trainer, "token_loss", "loss")
 
@@ -261,7 +307,7 @@ def watch_trl_forwards(trainer: DistillationTrainer, stopwatch: Stopwatch) -> No
 
 def measure(beta: float, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Seconds of each phase in each step, by trainer."""
-    stopwatch = Stopwatch(CLOCKS[args.clock])
+    stopwatch = Stopwatch(CLOCKS[args.clock], args.device)
     with tempfile.TemporaryDirectory() as folder, patch.object(trl_distillation, *LOSS):
         trainers = trainers_of(beta, args, folder)
         watch_phases(trainers, stopwatch)
@@ -281,21 +327,28 @@ def measure(beta: float, args: argparse.Namespace) -> dict[str, dict[str, list[f
     return stopwatch.seconds
 
 
+def by_step(parts: dict[str, list[float]], args: argparse.Namespace) -> list[float]:
+    """Seconds of generation in each step, which may write more than once."""
+    calls = len(parts["generation"]) // args.rounds
+    return [sum(parts["generation"][i * calls : (i + 1) * calls]) for i in range(args.rounds)]
+
+
 def tabulate(beta: float, seconds: dict[str, dict[str, list[float]]], args: argparse.Namespace) -> None:
     """Step times, and where they go."""
     phases = ["generation", "teacher forward", "student forward", "loss", "backward", "optimizer"]
     rows = []
     for name, parts in seconds.items():
         total = sum(parts["step"])
-        shares = [sum(parts[phase]) / total for phase in phases]
+        shares = [sum(parts.get(phase, [])) / total for phase in phases]
         ratio = median_ratio(parts["step"], seconds["TRL"]["step"])
         cells = [f"{statistics.median(parts['step']):.2f}", f"{ratio:.2f}"]
-        rows.append([name, *cells, *(f"{share:.0%}" for share in [*shares, 1 - sum(shares)])])
+        peak = f"{max(parts.get('peak_mib', [0])):.0f}"
+        rows.append([name, *cells, *(f"{share:.0%}" for share in [*shares, 1 - sum(shares)]), peak])
     title = (
         f"beta {beta}: {args.batch_size} x {args.accumulation} prompts of up to {args.prompt} tokens, completions of "
         f"{args.completion}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}"
     )
-    show(title, ["trainer", "seconds", "/ TRL", *phases, "rest"], rows, args.markdown)
+    show(title, ["trainer", "seconds", "/ TRL", *phases, "rest", "peak, MiB"], rows, args.markdown)
 
 
 def main() -> None:
@@ -307,14 +360,17 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--trainers", nargs="+", help="Names of those to run, TRL and ours among them. Default: all.")
+    parser.add_argument("--clock", choices=CLOCKS, help='Default: "cpu", on a GPU "wall".')
     parser.add_argument("--gradient_checkpointing", action="store_true", help="On in all trainers.")
     parser.add_argument("--small", action="store_true", help="Tiny models, to see that the script itself works.")
     parser.add_argument("--markdown", action="store_true", help="Tables to paste.")
     parser.add_argument("--json", help="File for all figures.")
     args = parser.parse_args()
+    args.clock = args.clock or ("wall" if args.device == "cuda" else "cpu")
     torch.set_num_threads(args.threads)
-    about = machine("cpu", args.threads, args.clock)
+    about = machine(args.device, args.threads, args.clock)
     print(about)
     report, verdicts = {}, []
     for beta in args.betas:
@@ -322,9 +378,13 @@ def main() -> None:
         tabulate(beta, seconds, args)
         ratio = median_ratio(seconds["ours"]["step"], seconds["TRL"]["step"])
         verdicts.append(Verdict(f"step of ours / TRL's, beta {beta}", ratio, BARS[beta]))
-        for preset in ("DSKD v1", "DSKD v2"):
+        for preset in {"DSKD v1", "DSKD v2"} & seconds.keys():
             ratio = median_ratio(seconds[preset]["step"], seconds["TRL"]["step"])
             verdicts.append(Verdict(f"step of {preset} / TRL's, beta {beta}", ratio, DSKD_BAR))
+        parts = seconds["TRL"]
+        alone = [step - written for step, written in zip(parts["step"], by_step(parts, args), strict=True)]
+        ratio = median_ratio(seconds[CACHED]["step"], alone)
+        verdicts.append(Verdict(f"step of {CACHED} / TRL's without its generation, beta {beta}", ratio, CACHED_BAR))
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": about, "seconds": report}, indent=2))
     judge(verdicts, args.markdown)

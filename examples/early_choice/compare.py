@@ -41,7 +41,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_kd import AMMConfig, AMMTrainer, KDConfig
 from trl_kd.evaluation import format_metric
-from trl_kd.losses import LinearLoss, Term, generalized_jsd, linear_loss
+from trl_kd.losses import LinearLoss, Term, generalized_jsd
 from trl_kd.trainer.kd_trainer import _KDTrainer
 from trl_kd.trainer.tokens import TokenBatch
 
@@ -52,7 +52,7 @@ class JSDTrainer(_KDTrainer):
     def token_loss(self, tokens: TokenBatch) -> LinearLoss:
         """The loss of a micro-batch."""
         term = Term(generalized_jsd, weights=tokens.weights)
-        return linear_loss(tokens.pairs, {"divergence": term}, tokens.labels, self.args.loss_chunk_size)
+        return tokens.linear_loss({"divergence": term}, self.args.loss_chunk_size)
 
 
 def full(later_cost: str, later_weight: float = 0.3, **options) -> dict[str, Any]:

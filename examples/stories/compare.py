@@ -43,7 +43,7 @@ from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from trl_kd import AMMConfig, AMMTrainer, DSKDConfig, DSKDTrainer, KDConfig
 from trl_kd.evaluation import FIDELITY_METRICS, format_metric
-from trl_kd.losses import LinearLoss, Term, forward_kl, generalized_jsd, linear_loss, reverse_kl
+from trl_kd.losses import LinearLoss, Term, forward_kl, generalized_jsd, reverse_kl
 from trl_kd.modules import ValueHead
 from trl_kd.trainer.kd_trainer import _KDTrainer
 from trl_kd.trainer.tokens import TokenBatch
@@ -57,7 +57,7 @@ class ForwardKLTrainer(_KDTrainer):
     def token_loss(self, tokens: TokenBatch) -> LinearLoss:
         """The divergence on all tokens, each with its weight."""
         term = Term(self.divergence, weights=tokens.weights)
-        return linear_loss(tokens.pairs, {"divergence": term}, tokens.labels, self.args.loss_chunk_size)
+        return tokens.linear_loss({"divergence": term}, self.args.loss_chunk_size)
 
 
 class JSDTrainer(ForwardKLTrainer):
