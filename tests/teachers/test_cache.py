@@ -527,6 +527,18 @@ def test_cache_collator_agrees_with_a_loop(top_p, max_actions, cache, rows):
         assert batch.keys() == plain.keys() | {"teacher_ids", "teacher_log_probs"}
 
 
+def test_cache_collator_own_mass_keeps_the_teachers_sets_whatever_rounding_did(rows, teacher, tokenizer, tmp_path):
+    coarse = written(tmp_path / "cache", rows, teacher, tokenizer, bits=4)
+    dataset = coarse.with_rows(rows)
+    collator = CacheCollator(KDCollator(0), coarse, TOP_P)
+    shorter = 0
+    for index, row in enumerate(coarse):
+        kept = (collator([dataset[index]])["teacher_log_probs"][0] > -math.inf).sum(dim=1)
+        assert kept.tolist() == row[0].tolist()
+        shorter += int((top_sets(row, TOP_P)[0] < row[0]).sum())
+    assert shorter > 0  # the mass of the rounded values is there a token earlier
+
+
 def test_cache_collator_row_without_states_is_padding(cache, rows):
     dataset = cache.with_rows(rows)
     batch = CacheCollator(KDCollator(0), cache)([dataset[8]])

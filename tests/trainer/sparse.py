@@ -433,6 +433,8 @@ class RowLosses:
         for t, state in enumerate(self.states):
             total, source = 0.0 * state.v, SOURCES[state.on_policy]
             for name, weight in self.how.objectives.items():
+                if name == "path_consistency":  # compares rows
+                    continue
                 if (found := getattr(self, name)(t)) is not None:
                     values.setdefault(name, {}).setdefault(source, []).append(found.item())
                     total = total + weight * found
@@ -440,6 +442,26 @@ class RowLosses:
             if state.in_set and state.has_next:
                 values.setdefault("implied_reward", {}).setdefault(source, []).append(self.implied[t].item())
         return totals
+
+
+def path_losses(rows, how, values) -> torch.Tensor | float:
+    """Sum over rollouts of (R_t - b_t)^2 / 2: R of log pi - log pi*, b the mean of the others at the same place."""
+    returns = []
+    for states in rows:
+        ratios = [state.log_s[state.label] - state.log_t[state.label] for state in states]
+        for state in states:
+            state.has_next = True  # a return of these needs no value
+        returns.append(
+            [return_of(states, t, ratios, [0.0] * len(states), how, lambda state: True) for t in range(len(states))]
+        )
+    total = 0.0
+    for i, row in enumerate(returns):
+        for t, value in enumerate(row):
+            others = [other[t].detach() for j, other in enumerate(returns) if j != i and len(other) > t]
+            loss = (value - sum(others) / len(others)) ** 2 / 2 if others else 0.0 * value
+            values.setdefault("path_consistency", {}).setdefault("on_policy", []).append(loss.item())
+            total = total + loss
+    return total
 
 
 # The step
@@ -477,7 +499,7 @@ def plain_step(trainer: Recorder, number: int, teacher: Any, student: Any = None
     def keep(name, source, value):
         values.setdefault(name, {}).setdefault(source, []).append(float(value))
 
-    every, lm, lm_count = [], 0.0, 0
+    every, written, lm, lm_count = [], [], 0.0, 0
     for row in record.rows:
         states = read_row(student, target, teacher, row, ends, how)
         for state, total in zip(states, RowLosses(states, how, teacher.config.vocab_size).totals(values), strict=True):
@@ -502,6 +524,10 @@ def plain_step(trainer: Recorder, number: int, teacher: Any, student: Any = None
                 if not state.on_policy:
                     lm, lm_count = lm + both, lm_count + 1
             every.append(state)
+        written += [states] if row[2] else []
+    if "path_consistency" in how.objectives:
+        paths = path_losses(written, how, values)
+        sums["on_policy"] = sums["on_policy"] + how.objectives["path_consistency"] * paths
     for ids, labels, _ in record.second:
         log_s, log_t = (model(ids[None]).logits[0].log_softmax(-1) for model in (student, teacher))
         for i in range(len(labels) - 1):

@@ -132,13 +132,46 @@ def assert_not_trivial(step, how):
 
 @pytest.mark.parametrize("case", [*CLOSED, *OPEN])
 def test_step_agrees_with_loops(tokenizer, tmp_path, case):
-    overrides = (CLOSED | OPEN)[case]
-    trainer, (_, teacher) = recorded_run(tokenizer, tmp_path, **overrides), sparse_pair()
-    how = meaning(**overrides)
-    step = assert_agrees(trainer, 1, teacher, names_of(how, case in CLOSED), **(overrides | {"is_kl": case in CLOSED}))
+    overrides, is_closed = (CLOSED | OPEN)[case], case in CLOSED
+    trainer, (_, teacher), how = recorded_run(tokenizer, tmp_path, **overrides), sparse_pair(), meaning(**overrides)
+    step = assert_agrees(trainer, 1, teacher, names_of(how, is_closed), **(overrides | {"is_kl": is_closed}))
     assert_not_trivial(step, how)
     # Nothing else is trained
     assert same(weights(trainer.teacher.model), weights(teacher))
+
+
+# Options, and whether the rest of the loss is a divergence
+PATHS = {
+    "alone": (only("path_consistency", lmbda=0.75, tail_weight=0.0), False),
+    "n_step_with_tail": (
+        only("path_consistency", lmbda=1.0, returns="n_step", n_steps=3, truncation="bootstrap"),
+        False,
+    ),
+    "monte_carlo_beside_expected": (
+        {
+            "objectives": {"path_consistency": 0.2, "expected_inverse_soft_q": 1.0},
+            "returns": "monte_carlo",
+            "gamma": 1.0,
+        }
+        | {"lmbda": 0.75, "on_policy_weight": 0.4, "lm_weight": 0.5},
+        True,
+    ),
+    "lambda_beside_rewards": (
+        {"objectives": {"path_consistency": 0.5, "teacher_reward": 1.0}, "returns": "lambda", "lmbda": 0.75},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PATHS)
+def test_step_with_paths_agrees_with_loops(tokenizer, tmp_path, case):
+    overrides, is_kl = PATHS[case]
+    trainer = recorded_run(tokenizer, tmp_path, **overrides)
+    names = ("set_size", *meaning(**overrides).objectives.keys() - {"expected_inverse_soft_q"})
+    step = assert_agrees(trainer, 1, sparse_pair()[1], names, **(overrides | {"is_kl": is_kl}))
+    values = step.values["path_consistency"]["on_policy"]
+    assert sum(value > 0.01 for value in values) > len(values) / 2
+    assert any(state.is_cut for state in step.states if state.on_policy)
 
 
 def test_returns_of_the_cases_look_further_than_a_token(tokenizer, tmp_path):
@@ -266,7 +299,7 @@ def test_expected_form_on_the_full_set_is_forward_kl(tokenizer, tmp_path):
 def test_without_discount_nothing_of_the_next_state_is_left(tokenizer, tmp_path, overrides):
     """gamma = 0: the value of the next state, and so all that decides it, has no part."""
     base, _ = gradients_of(tokenizer, tmp_path, gamma=0.0, truncation="terminal", **overrides)
-    for others in ({"truncation": "bootstrap"}, {"truncation": "terminal", "detach_next": True, "target_ema": 0.5}):
+    for others in ({"truncation": "bootstrap"}, {"truncation": "terminal", "detach_next": True}):
         assert_same_gradients(gradients_of(tokenizer, tmp_path, gamma=0.0, **others, **overrides)[0], base)
 
 
@@ -294,7 +327,9 @@ def test_objective_of_the_callers_is_the_loss_and_sees_what_is_said(tokenizer, t
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"preset": "paper"}, {"preset": "released", "label_outside": "union"}], ids=str
+    "overrides",
+    [{}, {"preset": "paper", "target_ema": 0.5}, {"preset": "released", "label_outside": "union"}],
+    ids=str,
 )
 def test_evaluation_is_the_divergence_to_the_nucleus_for_any_batch_size(tokenizer, tmp_path, overrides):
     student, teacher = (model.double() for model in sparse_pair())
@@ -305,7 +340,6 @@ def test_evaluation_is_the_divergence_to_the_nucleus_for_any_batch_size(tokenize
             tmp_path,
             eval_rows=sparse_rows(5),
             per_device_eval_batch_size=size,
-            target_ema=0.5 if size == 3 else None,
             **overrides,
         )
         results.append(trainer.evaluate())
@@ -359,8 +393,8 @@ def test_run_without_temporal_difference_says_so(tokenizer, tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["teacher_reward", "sqil", "soft_actor_critic"])
 def test_run_with_temporal_difference_and_tail_is_silent(tokenizer, tmp_path, caplog, name):
-    assert said(caplog, tokenizer, tmp_path, **only(name)) == []
-    assert said(caplog, tokenizer, tmp_path, chi2_alpha=0.5, chi2_center="teacher") == []
+    assert said(caplog, tokenizer, tmp_path, gauge="logsoftmax", lmbda=0.5, **only(name)) == []
+    assert said(caplog, tokenizer, tmp_path, gauge="max", chi2_alpha=0.5, chi2_center="teacher") == []
     assert said(caplog, tokenizer, tmp_path, options={"objective": expectation}, gamma=0.0) == []
 
 
@@ -371,6 +405,18 @@ def test_runs_that_are_likely_mistakes_are_warned_of(tokenizer, tmp_path, caplog
     assert entropy.endswith('`chi2_center="teacher"` draws them to the teacher\'s own.')
     (tail,) = said(caplog, tokenizer, tmp_path, preset="paper", lm_weight=0.0, chi2_center="teacher")
     assert tail.startswith("`tail_weight` and `lm_weight` are 0, so nothing keeps the student from tokens outside")
+    for overrides in (
+        only("teacher_reward"),
+        only("soft_actor_critic"),
+        {"chi2_alpha": 0.5, "chi2_center": "teacher"},
+    ):
+        (gauge,) = said(caplog, tokenizer, tmp_path, **overrides)
+        assert gauge.startswith('`gauge` is "raw", but Q-values of student and teacher are compared')
+    (rewards,) = said(caplog, tokenizer, tmp_path, **only("sqil"))
+    assert rewards.startswith(
+        "`sqil` rewards the teacher's text with 1 and the student's own with 0, but `lmbda` is 0"
+    )
+    assert len(said(caplog, tokenizer, tmp_path, lmbda=1.0)) == 1  # of the temporal difference alone
     _, sampled = said(caplog, tokenizer, tmp_path, lmbda=1.0, **only("large_margin"))
     assert sampled.startswith("`lmbda` is 1, so every row is the student's, but large_margin learns from the tokens")
 
@@ -474,6 +520,16 @@ def test_bad_second_text_raises(tokenizer, tmp_path):
         build(lm_rows().rename_column("text", "prompt"), preset="paper")
     with pytest.raises(ValueError, match="The lm dataset has the columns `story`, none of which holds text"):
         build(lm_rows().rename_column("text", "story"), preset="paper")
+
+
+@pytest.mark.parametrize("overrides", [{}, only("large_margin"), only("sqil", gamma=0.0)], ids=str)
+def test_slow_copy_that_values_nothing_raises(tokenizer, tmp_path, overrides):
+    with pytest.raises(
+        ValueError, match="`target_ema` is 0.5, but no loss of `objectives` .* has the value of a next"
+    ):
+        make_trainer(tokenizer, tmp_path, target_ema=0.5, **overrides)
+    # What the caller's own loss looks at is not known
+    assert make_trainer(tokenizer, tmp_path, target_ema=0.5, options={"objective": expectation}, **overrides).target
 
 
 def test_sets_of_a_single_token_have_no_loss_on_the_set(tokenizer, tmp_path):

@@ -783,6 +783,38 @@ def soft_q_regression(q_t: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (_wide(q_t) - _wide(target)).square()
 
 
+def path_consistency(returns: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+    r"""
+    Half the squared inconsistency of a path: (R_t - b_t)^2 / 2, R_t a return of log pi(y|s) - log pi*(y|s).
+
+    Multi-step soft consistency of [Path Consistency Learning](https://huggingface.co/papers/1702.08892), with the
+    teacher's log-probability as reward and the entropy weight 1: along any path, the discounted rewards less the
+    student's log-probabilities are the value of its first state. The student that agrees with its teacher has R = 0.
+    On the student's own text, to its end and without discount, the gradient is that of the Kullback-Leibler divergence
+    of whole texts, later states included.
+
+    Note:
+        The paper learns the value; here it is what other texts got at the same place (ours).
+
+    Args:
+        returns (`torch.Tensor` of shape `(...)`):
+            R_t, an n-step, lambda or Monte Carlo return of the log-ratios. Its gradient is used: it is not a target.
+        center (`torch.Tensor` of shape `(...)`):
+            b_t, what was to be expected; detached.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+
+    Examples:
+
+    ```python
+    >>> path_consistency(torch.tensor([3.0]), torch.tensor([1.0]))
+    tensor([2.])
+    ```
+    """
+    return 0.5 * (returns - center.detach()).square()
+
+
 def sqil_reward(is_on_policy: torch.Tensor) -> torch.Tensor:
     r"""
     Reward of soft-Q imitation learning ([SQIL](https://huggingface.co/papers/1905.11108)): 1 on the teacher's text, 0

@@ -457,7 +457,7 @@ def top_sets(row: Row, top_p: float | None = None, max_actions: int | None = Non
     if top_p is not None:
         masses = np.concatenate([[0.0], np.cumsum(np.exp(log_probs.astype(np.float64)))])
         before = masses[:-1] - masses[np.arange(len(states)) - ranks]
-        keep &= (before < top_p) | (ranks == 0)
+        keep &= before < top_p
     return np.bincount(states[keep], minlength=len(counts)), ids[keep], log_probs[keep]
 
 

@@ -19,6 +19,7 @@ import torch.nn as nn
 
 from trl_kd.losses import Term, entropy, exact_moment, generalized_jsd, later_returns, linear_loss, reverse_kl
 from trl_kd.modules import critic_features
+from trl_kd.trainer.baselines import less_position_means, sum_over_ranks
 from trl_kd.trainer.tokens import TokenBatch
 
 
@@ -91,7 +92,7 @@ def later_advantages(
     pairs = list(zip(rollouts, measured, strict=True))
     returns = [_along_rollouts(values["cost"], batch, args.later_gamma) for batch, values in pairs]
     if state_value is None:
-        found = _less_position_means(returns, [batch.positions for batch in rollouts], accelerator)
+        found = less_position_means(returns, [batch.positions for batch in rollouts], accelerator)
     else:
         features = [_state_features(*pair, args) for pair in pairs]
         found = [
@@ -101,7 +102,7 @@ def later_advantages(
         x, g = torch.cat(features), torch.cat(returns).to(features[0].dtype)
         with torch.autocast(x.device.type, enabled=False):
             sums = x.T @ x, x.T @ g
-        state_value.update(*(_sum_over_ranks(part, accelerator) for part in sums))
+        state_value.update(*(sum_over_ranks(part, accelerator) for part in sums))
     return [
         torch.zeros(len(batch.labels), dtype=part.dtype, device=part.device).masked_scatter(batch.is_on_policy, part)
         for batch, part in zip(tokens, found, strict=True)
@@ -128,21 +129,6 @@ def _along_rollouts(values: torch.Tensor, batch: TokenBatch, gamma: float) -> to
     return later_returns(grid, mask, gamma)[row, batch.positions]
 
 
-def _less_position_means(
-    returns: list[torch.Tensor], positions: list[torch.Tensor], accelerator: Any
-) -> list[torch.Tensor]:
-    """Leave-one-out: what the others got at this position; nobody there, no signal."""
-    g, t = torch.cat(returns), torch.cat(positions)
-    # Of the longest rollout on any rank
-    length = int(accelerator.gather(torch.cat([t, t.new_zeros(1)]).max() + 1).max())
-    sums = torch.zeros(2, length, dtype=g.dtype, device=g.device).index_add_(
-        1, t, torch.stack([g, torch.ones_like(g)])
-    )
-    total, count = _sum_over_ranks(sums, accelerator)[:, t]
-    advantages = torch.where(count > 1, g - (total - g) / (count - 1).clamp_min(1), 0.0)
-    return list(advantages.split([len(part) for part in returns]))
-
-
 def _state_features(batch: TokenBatch, measured: dict[str, torch.Tensor], args: Any) -> torch.Tensor:
     """Known before the token is drawn: teacher and student states, position, cost and entropies of the state, 1."""
     states = critic_features(*(batch.pairs[name][0] for name in ("teacher", "student")))
@@ -158,7 +144,3 @@ def _generalised(costs: torch.Tensor, values: torch.Tensor, batch: TokenBatch, g
     follows[:-1] = torch.where(batch.positions[1:] > 0, costs[1:] + values[1:], 0.0)
     deltas = gamma * follows - values
     return deltas + _along_rollouts(deltas, batch, gamma * _LAMBDA)
-
-
-def _sum_over_ranks(tensor: torch.Tensor, accelerator: Any) -> torch.Tensor:
-    return accelerator.reduce(tensor, reduction="sum") if accelerator.num_processes > 1 else tensor

@@ -110,7 +110,9 @@ def has_temporal_difference(args: Any) -> bool:
         return False
     names = {name for name, weight in args.objectives.items() if weight > 0}
     with_chi2 = {"expected_inverse_soft_q", "inverse_soft_q"} if not math.isinf(args.chi2_alpha) else set()
-    return bool(names & ({"teacher_reward", "sqil", "soft_actor_critic", "released"} | with_chi2))
+    with_paths = {"path_consistency"} if args.returns != "one_step" else set()
+    others = {"teacher_reward", "sqil", "soft_actor_critic", "released"}
+    return bool(names & (others | with_chi2 | with_paths))
 
 
 def own_values(objective: Callable[[Transitions], torch.Tensor], moves: Transitions) -> torch.Tensor:

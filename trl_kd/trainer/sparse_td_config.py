@@ -40,7 +40,7 @@ PRESETS = {
 }
 OBJECTIVES = (
     *("expected_inverse_soft_q", "inverse_soft_q", "teacher_reward", "sqil"),
-    *("large_margin", "soft_actor_critic", "released"),
+    *("large_margin", "soft_actor_critic", "path_consistency", "released"),
 )
 
 
@@ -62,7 +62,8 @@ class SparseTDConfig(KDConfig):
             or `"released"`, what the authors' code computes. The trainer's page has a table of them.
         objectives (`dict[str, float]`, *optional*):
             Losses by name, with their weights: `"expected_inverse_soft_q"` (expected), `"inverse_soft_q"` (paper),
-            `"teacher_reward"`, `"sqil"`, `"large_margin"`, `"soft_actor_critic"` and `"released"` (released).
+            `"teacher_reward"`, `"sqil"`, `"large_margin"`, `"soft_actor_critic"`, `"path_consistency"` and
+            `"released"` (released).
         tail_weight (`float`, *optional*):
             Weight of -log of the student's mass on the set: 1 in expected, 0 in paper and released. Without it, and
             without `lm_weight`, nothing keeps the student from tokens outside of the set.
@@ -149,7 +150,8 @@ class SparseTDConfig(KDConfig):
         default=None,
         metadata={
             "help": "Losses by name, with their weights: 'expected_inverse_soft_q' (expected), 'inverse_soft_q' "
-            "(paper), 'teacher_reward', 'sqil', 'large_margin', 'soft_actor_critic' and 'released' (released)."
+            "(paper), 'teacher_reward', 'sqil', 'large_margin', 'soft_actor_critic', 'path_consistency' and "
+            "'released' (released)."
         },
     )
     tail_weight: float | None = field(
@@ -309,6 +311,11 @@ class SparseTDConfig(KDConfig):
             )
         for name, weight in self.objectives.items():
             check_range(f"objectives['{name}']", weight, 0.0, float("inf"), "a weight")
+        if self.objectives.get("path_consistency") and self.lmbda == 0:
+            raise ValueError(
+                "`objectives` has 'path_consistency' with `lmbda` 0, but it learns from the student's own text, of "
+                "which there is none. Set `lmbda=0.5`."
+            )
         if not any(self.objectives.values()):
             raise ValueError(
                 f"`objectives` is {self.objectives}, so nothing of the teacher's choice among its tokens would be "

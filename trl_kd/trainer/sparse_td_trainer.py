@@ -28,6 +28,7 @@ from trl_kd.losses import (
 from trl_kd.modules import LMHead
 from trl_kd.trainer.kd_trainer import _KDTrainer
 from trl_kd.trainer.objectives import OBJECTIVES, own_values
+from trl_kd.trainer.paths import path_slopes
 from trl_kd.trainer.second_text import SecondText
 from trl_kd.trainer.sparse_td_config import SparseTDConfig
 from trl_kd.trainer.sparse_td_warnings import check_second_text, say_what_is_trained
@@ -144,6 +145,14 @@ class SparseTDTrainer(_KDTrainer):
 
     # One optimizer step
 
+    def looks_ahead(self) -> bool:
+        """Whether rollouts are compared before the student's first loss."""
+        return self.objective is None and self.args.objectives.get("path_consistency", 0.0) > 0
+
+    def prepare_step(self, tokens: list[StateTokens]) -> list[dict[str, torch.Tensor]]:
+        """Path consistency of the rollouts of the step."""
+        return path_slopes(tokens, self.args, self.accelerator)
+
     def get_batch_samples(self, *arguments: Any, **kwargs: Any) -> tuple[list, Any]:
         """As the base's, with rows of the second text."""
         batches, count = super().get_batch_samples(*arguments, **kwargs)
@@ -160,11 +169,12 @@ class SparseTDTrainer(_KDTrainer):
     ) -> StateTokens:
         """The forward of the student, of its slow copy, and of the second text, and what follows what."""
         tokens = super().read_tokens(student, inputs, selected, teacher_said)
-        if self.target is not None and self.model.training:
+        trains = self.model.training and torch.is_grad_enabled()  # and does not only look ahead
+        if self.target is not None and trains:
             tokens.pairs["target"] = self.target.read(inputs, selected, self.vocab_size)
         course = Course(selected.labels, selected.positions, selected.ends, self._ends, self.args)
         own = {name: getattr(tokens, name) for name in TokenBatch.__dataclass_fields__}
-        second = self._read_second(student, inputs["second"]) if "second" in inputs else None
+        second = self._read_second(student, inputs["second"]) if "second" in inputs and trains else None
         return StateTokens(**own, course=course, second=second)
 
     def _read_second(self, student: nn.Module, inputs: dict) -> TokenBatch:
@@ -184,11 +194,13 @@ class SparseTDTrainer(_KDTrainer):
         terms = self._terms(tokens)
         labels = self._set_labels(tokens, actions.first(count))
         result = tokens.linear_loss(terms, args.loss_chunk_size, labels) if terms else None
+        if "path_slope" in tokens.step_values:
+            result = self._with_paths(tokens, result)
         if tokens.second is not None:
             result = self._with_second(tokens.second, result)
         if result is not None and "tail" in result.values:
             result.values["student_mass"] = torch.exp(-result.values["tail"])
-        if self._is_closed or not self.model.training:
+        if self._is_closed or not self.model.training or not (self._on_set or self.objective):
             return result
         moves = self._transitions(tokens, actions)
         loss = self._imitation(tokens, moves)
@@ -199,9 +211,15 @@ class SparseTDTrainer(_KDTrainer):
         """Whether one function of the student's whole distribution, `set_forward_kl`, is all that is asked for."""
         args = self.args
         is_plain = (args.q_min, args.backup, args.entropy_weight, args.train_eos) == (float("-inf"), "soft", 1.0, True)
-        is_alone = self.objective is None and set(args.objectives) == {"expected_inverse_soft_q"}
+        is_alone = self.objective is None and set(self._on_set) == {"expected_inverse_soft_q"}
         is_plain = is_plain and args.chi2_alpha == float("inf") and args.label_outside != "union"
         return is_alone and is_plain and args.tail_weight > 0
+
+    @property
+    def _on_set(self) -> dict[str, float]:
+        """The objectives that are functions of transitions, with their weights."""
+        objectives = self.args.objectives.items()
+        return {name: weight for name, weight in objectives if weight > 0 and name != "path_consistency"}
 
     def _terms(self, tokens: StateTokens) -> dict[str, Term]:
         """What needs the student's whole distribution."""
@@ -220,10 +238,23 @@ class SparseTDTrainer(_KDTrainer):
         if args.tail_weight > 0 or evaluates or terms:  # where the whole distribution is there, for the log at least
             weights = tail_weight * tokens.weights if tail_weight != 0 else None
             terms["tail"] = Term(tail_nll, ("student", "ids", "members"), weights)
+        if "path_slope" in tokens.step_values:
+            terms["paths"] = Term(cross_entropy, ("student", "labels"), -self._path_weights(tokens, "path_slope"))
         if evaluates:
             terms |= {"total_variation": Term(total_variation), "student_entropy": Term(entropy, ("student",))}
             terms["nll"] = Term(cross_entropy, ("student", "labels"))
         return terms
+
+    def _path_weights(self, tokens: TokenBatch, name: str) -> torch.Tensor:
+        return self.args.objectives["path_consistency"] * tokens.weights * tokens.step_values[name]
+
+    def _with_paths(self, tokens: TokenBatch, result: LinearLoss) -> LinearLoss:
+        """The loss with the value of `path_consistency` in the place of that of the likelihood with its gradient."""
+        stand_in = -weighted_sum(result.values.pop("paths"), self._path_weights(tokens, "path_slope"))
+        value = self._path_weights(tokens, "path_consistency").sum()
+        values = {"path_consistency": tokens.step_values["path_consistency"]}
+        self._sums["train"].add_by_source(values, tokens.is_on_policy, tokens.is_on_policy)
+        return LinearLoss(result.loss - stand_in + value, result.values)
 
     def _language_model(self, tokens: TokenBatch) -> dict[str, Term]:
         """lm_weight ((1 - k) CE + k KL(teacher || student)) on the text, k the `kd_ratio`."""
@@ -283,8 +314,7 @@ class SparseTDTrainer(_KDTrainer):
             everywhere = torch.ones_like(moves.in_set)
             found = {"objective": (1.0, own_values(self.objective, moves), everywhere)}
         else:
-            named = {name: weight for name, weight in self.args.objectives.items() if weight > 0}
-            found = {name: (weight, *OBJECTIVES[name](moves, self.args)) for name, weight in named.items()}
+            found = {name: (weight, *OBJECTIVES[name](moves, self.args)) for name, weight in self._on_set.items()}
         loss = moves.q_t.new_zeros(())
         for name, (weight, values, kept) in found.items():
             loss = loss + weighted_sum(torch.where(kept, values, 0.0), weight * tokens.weights)

@@ -188,15 +188,21 @@ class Course:
             found = found.index_put((self.ends,), values[count:])
         return found
 
-    def returns(self, rewards: torch.Tensor, v_tp1: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
+    def returns(
+        self,
+        rewards: torch.Tensor,
+        v_tp1: torch.Tensor,
+        known: torch.Tensor | None = None,
+        needs_next: bool = True,
+    ) -> torch.Tensor:
         """
         Returns of rewards and next values, `(N,)`, as the configuration asks for. They look no further than to the
-        value of a state whose token is no action, has no next state, or no `known` reward.
+        value of a state whose token is no action, has no next state (if rewards need it), or no `known` reward.
         """
         args = self.args
         if args.returns == "one_step" or not len(rewards):
             return one_step_returns(rewards, v_tp1, torch.ones_like(self.follows), args.gamma)
-        counted = self.is_action & self.has_next
+        counted = self.is_action & self.has_next if needs_next else self.is_action
         row, column, mask = self._grid(counted if known is None else counted & known)
         found = []
         for part in (rewards, v_tp1):
