@@ -36,9 +36,11 @@ from trl_kd.losses.reduction import weighted_sum
 _CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**29}
 _MIN_ROWS, _MAX_ROWS = 128, 1024
 # Elements of a block: a handful of float32 buffers of this size stay in the cache of a CPU; elsewhere it bounds memory
-_BLOCK_NUMEL = {"cpu": 2**17, "cuda": 2**25}
+_BLOCK_NUMEL = {"cpu": 2**17, "cuda": 2**27}
 # Graphs of the compiled objectives in one process
 _GRAPHS = 64
+# Whether a product of bfloat16 can be added to a float32 sum in one kernel; 2.11 is where this was seen to be right
+_ADDS_WIDE = torch.__version__ >= (2, 11)
 # Rows of a half-precision head whose gradient is added at a time
 _SLICE = 2**13
 
@@ -262,7 +264,10 @@ class _Head:
             of_bias.add_(gradient.sum(dim=0, dtype=of_bias.dtype), alpha=self.scale)
 
     def _add_half_products(self, total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor) -> None:
-        """Add `gradient.T @ states` in half precision to a sum in float32, some rows of the head at a time."""
+        """Add `gradient.T @ states` in half precision to a sum in float32, else some rows of the head at a time."""
+        if _ADDS_WIDE and gradient.is_cuda and gradient.dtype == torch.bfloat16:
+            torch.addmm(total, gradient.T, states, out_dtype=torch.float32, alpha=self.scale, out=total)
+            return
         # A sum over rows may leave the range of float16, which ends at 65,504
         shrink = 2.0 ** -math.ceil(math.log2(self.rows)) if gradient.dtype == torch.float16 else 1.0
         for start in range(0, len(total), _SLICE):
