@@ -123,5 +123,7 @@ def test_path_consistency_of_equal_models_is_zero(tokenizer, tmp_path):
 
 
 def test_path_consistency_without_rollouts_raises(tmp_path):
-    with pytest.raises(ValueError, match="'path_consistency' with `lmbda` 0, but it learns from the student's own text"):
+    with pytest.raises(
+        ValueError, match="'path_consistency' with `lmbda` 0, but it learns from the student's own text"
+    ):
         sparse_config(tmp_path, objectives=OBJECTIVES)

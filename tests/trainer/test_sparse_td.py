@@ -50,6 +50,10 @@ CLOSED = {
 }
 OPEN = {
     "expected_without_tail": {"tail_weight": 0.0},
+    "expected_union": {"label_outside": "union", "tail_weight": 0.5, "action_top_p": 0.6},
+    "expected_hard": {"backup": "hard", "tail_weight": 0.5},
+    "expected_tau": {"entropy_weight": 0.5, "tail_weight": 1.5},
+    "expected_without_the_end": {"train_eos": False},
     "expected_clipped": {"gauge": "max", "q_min": -3.0, "action_top_p": 0.95},
     "expected_chi2": CHI2 | {"gauge": "logsoftmax", "truncation": "terminal"},
     "expected_chi2_union": CHI2 | {"label_outside": "union", "truncation": "bootstrap"},
@@ -516,6 +520,8 @@ def test_bad_second_text_raises(tokenizer, tmp_path):
         build(lm_rows().to_iterable_dataset(), preset="paper")
     with pytest.raises(TypeError, match="`lm_dataset` is a list"):
         build(list(lm_rows()), preset="paper")
+    with pytest.raises(ValueError, match="The lm dataset has no rows"):
+        build(Dataset.from_dict({"text": []}), preset="paper")
     with pytest.raises(ValueError, match="`lm_dataset` has prompts alone, but the language-model term learns from"):
         build(lm_rows().rename_column("text", "prompt"), preset="paper")
     with pytest.raises(ValueError, match="The lm dataset has the columns `story`, none of which holds text"):

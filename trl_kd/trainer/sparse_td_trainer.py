@@ -189,7 +189,9 @@ class SparseTDTrainer(_KDTrainer):
         args, count = self.args, len(tokens.labels)
         with torch.no_grad():
             top = tokens.top or top_tokens(*tokens.pairs["teacher"], args.max_actions, args.loss_chunk_size)
-            actions = make_action_set(*(part[:, : args.max_actions] for part in top), args)
+            # The collator has cut what comes from a cache, by masses that were not rounded
+            is_cut = tokens.top is not None and args.cached_sets()[0] is not None
+            actions = make_action_set(*(part[:, : args.max_actions] for part in top), args, is_cut)
         self._watch_sets(tokens, actions.first(count))
         terms = self._terms(tokens)
         labels = self._set_labels(tokens, actions.first(count))

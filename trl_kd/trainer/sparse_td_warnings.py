@@ -40,14 +40,15 @@ def say_what_is_trained(args: Any, objective: Any) -> None:
             "`tail_weight` is 0: the language-model term alone holds the student back from tokens outside of the "
             'teacher\'s set. This did harm wherever it was measured; `preset="expected"` is what helped.'
         )
-    if not math.isinf(args.chi2_alpha) and args.chi2_center == "zero" and "released" not in args.objectives:
+    names = {name for name, weight in args.objectives.items() if weight > 0}
+    has_chi2 = not math.isinf(args.chi2_alpha) and bool(names & {"expected_inverse_soft_q", "inverse_soft_q"})
+    if has_chi2 and args.chi2_center == "zero":
         logger.warning(
             f"`chi2_alpha` is {args.chi2_alpha:g}: the square draws implied rewards to zero, and the student to more "
             'entropy than the teacher has. `chi2_center="teacher"` draws them to the teacher\'s own.'
         )
-    names = {name for name, weight in args.objectives.items() if weight > 0}
     compares = bool(names & {"teacher_reward", "soft_actor_critic"})
-    compares |= not math.isinf(args.chi2_alpha) and args.chi2_center == "teacher"
+    compares |= has_chi2 and args.chi2_center == "teacher"
     if args.gauge == "raw" and compares:
         logger.warning(
             '`gauge` is "raw", but Q-values of student and teacher are compared, whose logits differ by a number in '
@@ -57,6 +58,11 @@ def say_what_is_trained(args: Any, objective: Any) -> None:
         logger.warning(
             "`sqil` rewards the teacher's text with 1 and the student's own with 0, but `lmbda` is 0, so all rewards "
             "are 1 and say nothing. Set `lmbda=0.5`."
+        )
+    if args.teacher_cache is not None and args.action_set != "top_p":
+        logger.warning(
+            f"`action_set` is '{args.action_set}', but the `teacher_cache` holds a mass of each state alone, so that no "
+            "set is larger than that. `trl-kd cache --inspect` shows how many tokens these are."
         )
     sampled = {"inverse_soft_q", "large_margin"} & names
     if args.lmbda == 1.0 and sampled:

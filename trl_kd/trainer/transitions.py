@@ -66,15 +66,15 @@ class ActionSet:
         return self.teacher_log_probs.masked_fill(~self.mask, float("-inf"))
 
 
-def make_action_set(ids: torch.Tensor, log_probs: torch.Tensor, args: Any) -> ActionSet:
-    """The set that the configuration asks for, of the teacher's most likely tokens."""
+def make_action_set(ids: torch.Tensor, log_probs: torch.Tensor, args: Any, is_cut: bool = False) -> ActionSet:
+    """The set that the configuration asks for, of the teacher's most likely tokens; all, if these are cut to it."""
     mask = {
         "top_p": lambda: top_p_set(log_probs, args.action_top_p),
         "top_k": lambda: top_k_set(log_probs, args.action_top_k),
         "min_p": lambda: min_p_set(log_probs, args.action_min_p),
         "threshold": lambda: threshold_set(log_probs, args.action_threshold),
         "full": lambda: full_set(log_probs),
-    }[args.action_set]()
+    }["full" if is_cut else args.action_set]()
     return ActionSet(ids, mask, log_probs)
 
 
