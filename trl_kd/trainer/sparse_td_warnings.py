@@ -61,7 +61,7 @@ def say_what_is_trained(args: Any, objective: Any) -> None:
         )
     if args.teacher_cache is not None and args.action_set != "top_p":
         logger.warning(
-            f"`action_set` is '{args.action_set}', but the `teacher_cache` holds a mass of each state alone, so that no "
+            f"`action_set` is '{args.action_set}', but the `teacher_cache` holds a mass of each state alone, so no "
             "set is larger than that. `trl-kd cache --inspect` shows how many tokens these are."
         )
     sampled = {"inverse_soft_q", "large_margin"} & names
