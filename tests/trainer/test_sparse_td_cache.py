@@ -1,6 +1,7 @@
 """Training from a teacher cache: the same steps as with the teacher, none of which is loaded, and what is refused."""
 
 import copy
+import logging
 import math
 import os
 
@@ -26,7 +27,7 @@ from tests.trainer.sparse import (
     sparse_rows,
 )
 from trl_kd import AMMConfig, AMMTrainer, DSKDConfig, DSKDTrainer
-from trl_kd.data import prepare_dataset
+from trl_kd.data import KDCollator, prepare_dataset
 from trl_kd.teachers import LocalTeacher, TeacherCache
 from trl_kd.teachers.cache_writer import CacheSettings, write_cache
 
@@ -73,7 +74,7 @@ FORMS = {
     "smaller_mass": {"action_top_p": 0.3, "tail_weight": 0.5},
     "all_of_the_cache": {"action_top_p": 0.95},
     "few_actions": {"max_actions": 3, "action_top_p": 0.9},
-    "top_k": {"action_set": "top_k", "action_top_k": 2},
+    "threshold": {"action_set": "threshold", "action_threshold": 0.1},
     "min_p": {"action_set": "min_p", "action_min_p": 0.3},
     "masked_nll": {
         "objectives": {"inverse_soft_q": 1.0},
@@ -401,3 +402,72 @@ def test_no_teacher_and_no_cache_raises(tokenizer, tmp_path):
         make_trainer(tokenizer, tmp_path, models=(sparse_pair()[0], None))
     with pytest.raises(ValueError, match="holds no teacher cache"):
         build(tokenizer, tmp_path, str(tmp_path))
+
+
+SHORT_OF = {
+    "top_k": {"action_set": "top_k", "action_top_k": 2},
+    "full": {"action_set": "full"},
+    "threshold": {"action_set": "threshold", "action_threshold": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", SHORT_OF)
+def test_set_that_a_cache_does_not_hold_raises(tokenizer, tmp_path, caches, name):
+    message = f"`action_set` is '{name}', but the cache .* holds a mass of 0.95 and 256 tokens at most"
+    with pytest.raises(ValueError, match=message):
+        from_cache(tokenizer, tmp_path, caches["exact"], **SHORT_OF[name])
+
+
+def test_top_k_from_a_cache_of_all_mass_agrees_with_loops(tokenizer, tmp_path, teacher_folder):
+    cache = cache_of(tokenizer, teacher_folder, tmp_path / "whole", top_p=1.0, max_tokens=4)
+    overrides = {"action_set": "top_k", "action_top_k": 2, "max_actions": 4}
+    trainer = from_cache(tokenizer, tmp_path, cache, **overrides)
+    assert_agrees(trainer, 1, sparse_pair()[1], ("set_size",), **(overrides | {"is_kl": True}))
+    with pytest.raises(ValueError, match="`action_set` is 'top_k', but the cache .* holds a mass of 1 and 4 tokens"):
+        from_cache(tokenizer, tmp_path, cache, action_set="top_k", action_top_k=5)
+
+
+def test_set_that_a_cache_may_not_hold_warns(tokenizer, tmp_path, caches, caplog):
+    with caplog.at_level(logging.WARNING, logger="trl_kd"):
+        from_cache(tokenizer, tmp_path, caches["exact"], action_set="min_p", max_steps=1)
+    assert "some sets may be smaller than the teacher's own" in caplog.text
+
+
+def cached_trainer(tokenizer, folder, caches, **options):
+    settings = {"teacher_cache": caches["exact"], "eval_teacher_cache": caches["eval"], "max_steps": 1}
+    return make_trainer(
+        tokenizer, folder, eval_rows=EVAL_ROWS, models=(sparse_pair()[0], None), **(settings | options)
+    )
+
+
+def test_evaluation_of_what_is_prepared_and_of_several_sets(tokenizer, tmp_path, caches):
+    trainer = cached_trainer(tokenizer, tmp_path, caches)
+    first = trainer.evaluate()
+    again = trainer.evaluate(trainer.eval_dataset)
+    assert again["eval_loss"] == first["eval_loss"]
+    # Its name is not that of the training data
+    named = trainer.evaluate({"train": EVAL_ROWS})
+    assert named["eval_train_loss"] == first["eval_loss"]
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == first["eval_loss"]
+    seen = trainer.evaluate(trainer.train_dataset, metric_key_prefix="seen")
+    assert seen["seen_loss"] != pytest.approx(first["eval_loss"], rel=1e-3)
+
+
+def test_total_variation_of_an_evaluation_does_not_depend_on_the_sets_of_the_run(tokenizer, tmp_path, caches):
+    found = []
+    for mass in (0.3, 0.8):
+        trainer = cached_trainer(tokenizer, tmp_path, caches, action_top_p=mass, max_actions=2 if mass < 0.5 else 256)
+        metrics = trainer.evaluate()
+        found.append((metrics["eval_kd/off_policy/total_variation"], metrics["eval_kd/off_policy/set_size"]))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] < found[1][1]
+
+
+def test_collator_of_the_caller_beside_a_cache_raises(tokenizer, tmp_path, caches):
+    with pytest.raises(ValueError, match="`data_collator` is a KDCollator, but with a `teacher_cache`"):
+        cached_trainer(tokenizer, tmp_path, caches, options={"data_collator": KDCollator(0)})
+
+
+def test_evaluation_cache_without_a_training_cache_raises(tokenizer, tmp_path, caches):
+    with pytest.raises(ValueError, match="`eval_teacher_cache` is set without a `teacher_cache`"):
+        make_trainer(tokenizer, tmp_path, eval_teacher_cache=caches["eval"])

@@ -316,7 +316,8 @@ class _Run:
         is_compiled = _can_compile(self.device) and not asks
         self.evaluate = _compiled_evaluate() if is_compiled else _evaluate
         # Each set of terms has a graph of its own, and beyond the usual 8 nothing would be compiled any more
-        self.compiling = torch._dynamo.config.patch(cache_size_limit=_GRAPHS) if is_compiled else nullcontext()
+        graphs = max(_GRAPHS, torch._dynamo.config.cache_size_limit) if is_compiled else 0
+        self.compiling = torch._dynamo.config.patch(cache_size_limit=graphs) if is_compiled else nullcontext()
         vocab_size = max(head.vocab_size for head in self.heads.values())
         most = max(1, _for_device(_BLOCK_NUMEL, self.device) // vocab_size)
         self.block_rows = math.ceil(self.size / math.ceil(self.size / most))  # all about as large

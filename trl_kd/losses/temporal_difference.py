@@ -586,13 +586,23 @@ def monte_carlo_returns(rewards: torch.Tensor, v_tp1: torch.Tensor, mask: torch.
 
 
 def _discounted(values: torch.Tensor, factor: float, horizon: int | None = None) -> torch.Tensor:
-    """sum_k factor^k x_{t+k} of each row, over `horizon` tokens or to the end."""
-    step = torch.arange(values.shape[1], device=values.device)
-    lag = step[None, :] - step[:, None]  # (T, T)
-    is_counted = (lag >= 0) & (lag < (values.shape[1] if horizon is None else horizon))
-    powers = torch.pow(torch.tensor(factor, dtype=torch.float64, device=values.device), lag.clamp_min(0))
-    with torch.autocast(values.device.type, enabled=False):
-        return values @ torch.where(is_counted, powers, 0.0).to(values.dtype).T
+    """sum_k factor^k x_{t+k} of each row, over `horizon` tokens or to the end; in steps that double."""
+    length = values.shape[1]
+    horizon = length if horizon is None else min(horizon, length)
+    total, done, block, size = torch.zeros_like(values), 0, values, 1
+    while done < horizon:
+        # `total` has the first `done` terms, `block` those of the next `size` from any token on
+        if horizon & size:
+            total = total + factor**done * _ahead(block, done)
+            done += size
+        block = block + factor**size * _ahead(block, size)
+        size *= 2
+    return total
+
+
+def _ahead(values: torch.Tensor, steps: int) -> torch.Tensor:
+    """Each row's values so many tokens later; 0 after its end."""
+    return torch.cat([values[:, steps:], torch.zeros_like(values[:, :steps])], dim=1)
 
 
 # Losses

@@ -422,6 +422,8 @@ class CacheCollator(KDCollator):
                 f"has {trained} trained tokens. It was changed after the cache was written. Write a new one with "
                 "`trl-kd cache`."
             )
+        if row.get("in_eval_cache"):
+            return found  # what is measured is measured on all that there is
         # The teacher's own sets where the mass is that of the cache: rounding could end one a token earlier
         return top_sets(found, None if self.top_p == cache.top_p else self.top_p, self.max_actions)
 

@@ -344,6 +344,9 @@ class KDConfig(SFTConfig):
                 "train off-policy: `lmbda=0` with completions from the dataset."
             )
 
+    def check_cache(self, cache: Any) -> None:
+        """Refuse a teacher cache that holds less than is asked for."""
+
     def cached_sets(self) -> tuple[float | None, int | None]:
         """Mass and size of the sets that are taken from a cache; by default all that it has."""
         return None, None

@@ -110,7 +110,8 @@ def has_temporal_difference(args: Any) -> bool:
         return False
     names = {name for name, weight in args.objectives.items() if weight > 0}
     with_chi2 = {"expected_inverse_soft_q", "inverse_soft_q"} if not math.isinf(args.chi2_alpha) else set()
-    with_paths = {"path_consistency"} if args.returns != "one_step" else set()
+    is_one_step = (args.returns, args.n_steps) == ("n_step", 1) or (args.returns, args.td_lambda) == ("lambda", 0.0)
+    with_paths = set() if args.returns == "one_step" or is_one_step else {"path_consistency"}
     others = {"teacher_reward", "sqil", "soft_actor_critic", "released"}
     return bool(names & (others | with_chi2 | with_paths))
 

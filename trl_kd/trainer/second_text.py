@@ -49,13 +49,13 @@ class SecondText:
         """Give each micro-batch of an optimizer step as many rows as it has, as `"second"`, counted."""
         trainer, sizes = self.trainer, [len(batch["prompt_length"]) for batch in batches]
         world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        step, number = trainer.state.global_step, 0
-        for batch, size in zip(batches, sizes, strict=True):
-            start = (step * sum(sizes) + number) * world + rank * size
+        # Places of full micro-batches, so that a short one repeats and skips nothing
+        first = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+        for number, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+            start = ((first + number) * world + rank) * trainer.args.train_batch_size
             rows = [self.rows[self._index(start + i)] for i in range(size)]
             device = batch["input_ids"].device
             batch["second"] = {name: tensor.to(device) for name, tensor in self.collator(rows).items()}
-            number += size
         counts = torch.stack([count_tokens(batch["second"]) for batch in batches]).sum(dim=0)
         counts = counts.to(trainer.accelerator.device)
         if world > 1:

@@ -174,7 +174,7 @@ def dataset_preparer(
         if dataset is None:
             return None
         if isinstance(dataset, dict):
-            return {key: prepare(value, key) for key, value in dataset.items()}
+            return {key: prepare(value, f"{name}_{key}") for key, value in dataset.items()}
         if "seq_lengths" in (dataset.column_names or []):
             return dataset  # packed already: `evaluate` prepares again what the constructor has prepared
         with PartialState().main_process_first():  # the others read its cache

@@ -22,6 +22,11 @@ def own_teacher(teacher_model: Any, args: Any, student: Any) -> LocalTeacher | C
     teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
     if args.teacher_cache is not None:
         return _cached_teacher(teacher_model, args)
+    if args.eval_teacher_cache is not None:
+        raise ValueError(
+            "`eval_teacher_cache` is set without a `teacher_cache`, but a run asks either a teacher or its caches. "
+            "Set both, or neither."
+        )
     if teacher_model is None:
         raise ValueError(
             "There is no teacher: `teacher_model` is None, and so are `teacher_model_name_or_path` and "
@@ -80,6 +85,8 @@ def cache_columns(teacher: LocalTeacher | CachedTeacher, args: Any, tokenizer: A
                 f"The {name} dataset is a stream, but a teacher cache belongs to the rows of a dataset by their "
                 "number. Load it without streaming."
             )
+        if "cache_row" in dataset.column_names:
+            return dataset  # `evaluate` prepares again what the constructor has prepared
         cache = caches[name == "train"]
         if cache is None:
             raise ValueError(
@@ -95,9 +102,20 @@ def with_cache(collator: KDCollator, teacher: LocalTeacher | CachedTeacher, args
     """The collator that brings the teacher's tokens from the cache; as it is for a model."""
     if not isinstance(teacher, CachedTeacher):
         return collator
+    args.check_cache(teacher.cache)
     top_p, max_actions = args.cached_sets()
     check_top_p(top_p, teacher.cache, name="action_top_p")
     return CacheCollator(collator, teacher.cache, top_p, max_actions, eval_cache=args.eval_teacher_cache)
+
+
+def own_collator(data_collator: Any, collator: KDCollator) -> Any:
+    """The caller's collator, if there is one that knows all that is needed; else the trainer's."""
+    if data_collator is not None and isinstance(collator, CacheCollator):
+        raise ValueError(
+            f"`data_collator` is a {type(data_collator).__name__}, but with a `teacher_cache` a batch has the "
+            "teacher's tokens too, which only the trainer's own collator adds. Leave it out."
+        )
+    return data_collator or collator
 
 
 def vocab_size(teacher: LocalTeacher | CachedTeacher, student_size: int, tokenizer: Any) -> int:

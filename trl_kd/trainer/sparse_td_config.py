@@ -4,9 +4,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import logging
+
 from trl_kd.losses.temporal_difference import check_mass, check_share
 from trl_kd.trainer.kd_config import KDConfig, check_choice, check_range
 
+
+logger = logging.get_logger(__name__)
 
 # What a form of the method decides
 PRESETS = {
@@ -93,7 +97,7 @@ class SparseTDConfig(KDConfig):
             Discount of the value of the next state.
         chi2_alpha (`float`, *optional*):
             alpha of the chi-square regularisation (r - c)^2 / (4 alpha) of the implied reward, of (expected) inverse
-            soft-Q: off (`inf`) in expected, 0.1 in paper and released.
+            soft-Q: off (`inf`, not `None`) in expected, 0.1 in paper and released.
         chi2_center (`str`, *optional*, defaults to `"zero"`):
             c: `"zero"`, or `"teacher"`, the reward that the teacher's own logits imply.
         gauge (`str`, *optional*):
@@ -189,7 +193,7 @@ class SparseTDConfig(KDConfig):
         default=None,
         metadata={
             "help": "alpha of the chi-square regularisation (r - c)^2 / (4 alpha) of the implied reward, of "
-            "(expected) inverse soft-Q: off (`inf`) in expected, 0.1 in paper and released."
+            "(expected) inverse soft-Q: off (`inf`, not `None`) in expected, 0.1 in paper and released."
         },
     )
     chi2_center: str = field(
@@ -268,7 +272,7 @@ class SparseTDConfig(KDConfig):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.objectives, str):
-            self.objectives = json.loads(self.objectives)
+            self.objectives = _read_weights(self.objectives)
         for name in ("preset", "action_set", "label_outside", "chi2_center", "backup", "returns", "truncation"):
             check_choice(name, vars(self)[name], tuple(self.__dataclass_fields__[name].metadata["choices"]))
         if self.gauge is not None:
@@ -332,6 +336,24 @@ class SparseTDConfig(KDConfig):
         for name in PRESETS[self.preset]:
             setattr(self, name, self.decided(name))
 
+    def check_cache(self, cache: Any) -> None:
+        """Refuse a teacher cache in which sets would be smaller than the teacher's own."""
+        held = f"the cache `{cache.path}` holds a mass of {cache.top_p:g} and {cache.settings['max_tokens']} tokens"
+        wanted = {"top_k": min(self.action_top_k, self.max_actions), "full": self.max_actions}.get(self.action_set)
+        is_short = wanted is not None and (cache.top_p < 1.0 or cache.settings["max_tokens"] < wanted)
+        if is_short or (self.action_set == "threshold" and self.action_threshold < 1.0 - cache.top_p):
+            raise ValueError(
+                f"`action_set` is '{self.action_set}', but {held} at most of each state, so sets would be smaller "
+                "than the teacher's own. Write a cache with `--top_p 1` and enough `--max_tokens`, or take "
+                "`action_set='top_p'`."
+            )
+        capped = cache.header["counts"]["capped_states"]
+        if self.action_set == "min_p" or (self.max_actions > cache.settings["max_tokens"] and capped):
+            logger.warning(
+                f"`action_set` is '{self.action_set}' with `max_actions` {self.max_actions}, and {held} at most of "
+                "each state: some sets may be smaller than the teacher's own. `trl-kd cache --inspect` shows them."
+            )
+
     def cached_sets(self) -> tuple[float | None, int | None]:
         """The action set, unless a term on both models takes all that the cache has."""
         takes_all = self.decided("lm_weight") * self.kd_ratio > 0
@@ -345,3 +367,17 @@ class SparseTDConfig(KDConfig):
         if self.returns != "n_step":
             names += ("n_steps",)
         return names if self.returns == "lambda" else (*names, "td_lambda")
+
+
+def _read_weights(text: str) -> dict[str, float]:
+    """Losses and weights of a command line."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"`objectives` is {text!r}, but losses have weights. Write them as JSON, such as "
+            '\'{"expected_inverse_soft_q": 1.0, "teacher_reward": 0.01}\'.'
+        )
+    return found

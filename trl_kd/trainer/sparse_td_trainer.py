@@ -172,7 +172,10 @@ class SparseTDTrainer(_KDTrainer):
         trains = self.model.training and torch.is_grad_enabled()  # and does not only look ahead
         if self.target is not None and trains:
             tokens.pairs["target"] = self.target.read(inputs, selected, self.vocab_size)
-        course = Course(selected.labels, selected.positions, selected.ends, self._ends, self.args)
+        count = len(selected.labels)
+        course = Course(
+            selected.labels, selected.positions, selected.rows[:count], selected.ends, self._ends, self.args
+        )
         own = {name: getattr(tokens, name) for name in TokenBatch.__dataclass_fields__}
         second = self._read_second(student, inputs["second"]) if "second" in inputs and trains else None
         return StateTokens(**own, course=course, second=second)
@@ -190,7 +193,7 @@ class SparseTDTrainer(_KDTrainer):
         with torch.no_grad():
             top = tokens.top or top_tokens(*tokens.pairs["teacher"], args.max_actions, args.loss_chunk_size)
             # The collator has cut what comes from a cache, by masses that were not rounded
-            is_cut = tokens.top is not None and args.cached_sets()[0] is not None
+            is_cut = tokens.top is not None and args.cached_sets()[0] is not None and self.model.training
             actions = make_action_set(*(part[:, : args.max_actions] for part in top), args, is_cut)
         self._watch_sets(tokens, actions.first(count))
         terms = self._terms(tokens)

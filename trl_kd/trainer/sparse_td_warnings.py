@@ -21,9 +21,7 @@ def say_what_is_trained(args: Any, objective: Any) -> None:
         objective (`Callable`, *optional*):
             The caller's own loss.
     """
-    if objective is not None:
-        return
-    if not has_temporal_difference(args):
+    if objective is None and not has_temporal_difference(args):
         is_kl = args.objectives == {"expected_inverse_soft_q": args.tail_weight}
         what = "the forward KL to the teacher's renormalised set" if is_kl else "imitation state by state"
         logger.warning(
@@ -40,7 +38,7 @@ def say_what_is_trained(args: Any, objective: Any) -> None:
             "`tail_weight` is 0: the language-model term alone holds the student back from tokens outside of the "
             'teacher\'s set. This did harm wherever it was measured; `preset="expected"` is what helped.'
         )
-    names = {name for name, weight in args.objectives.items() if weight > 0}
+    names = {name for name, weight in args.objectives.items() if weight > 0 and objective is None}
     has_chi2 = not math.isinf(args.chi2_alpha) and bool(names & {"expected_inverse_soft_q", "inverse_soft_q"})
     if has_chi2 and args.chi2_center == "zero":
         logger.warning(
@@ -58,11 +56,6 @@ def say_what_is_trained(args: Any, objective: Any) -> None:
         logger.warning(
             "`sqil` rewards the teacher's text with 1 and the student's own with 0, but `lmbda` is 0, so all rewards "
             "are 1 and say nothing. Set `lmbda=0.5`."
-        )
-    if args.teacher_cache is not None and args.action_set != "top_p":
-        logger.warning(
-            f"`action_set` is '{args.action_set}', but the `teacher_cache` holds a mass of each state alone, so no "
-            "set is larger than that. `trl-kd cache --inspect` shows how many tokens these are."
         )
     sampled = {"inverse_soft_q", "large_margin"} & names
     if args.lmbda == 1.0 and sampled:

@@ -153,6 +153,8 @@ class Course:
             Tokens, row by row.
         positions (`torch.Tensor` of shape `(N,)`):
             Number of trained tokens before each in its row.
+        rows (`torch.Tensor` of shape `(N,)`):
+            Place of the state that each is chosen in: where untrained tokens come between, a text ends.
         ends (`torch.Tensor`, *optional*):
             Tokens whose next state is among those after the N, in this order.
         eos_token_ids (`torch.Tensor`):
@@ -165,6 +167,7 @@ class Course:
         self,
         labels: torch.Tensor,
         positions: torch.Tensor,
+        rows: torch.Tensor,
         ends: torch.Tensor | None,
         eos_token_ids: torch.Tensor,
         args: Any,
@@ -172,11 +175,13 @@ class Course:
         self.args, self.ends = args, ends
         is_end = torch.isin(labels, eos_token_ids)
         in_row = torch.zeros_like(is_end)
-        in_row[:-1] = positions[1:] > 0
+        in_row[:-1] = (positions[1:] > 0) & (rows[1:] == rows[:-1] + 1)
         self.follows = in_row & ~is_end  # the next of the N tokens is chosen in the next state
         self.is_action = torch.ones_like(is_end) if args.train_eos else ~is_end
         was_cut = ~in_row & ~is_end
-        self.has_next = ~was_cut if args.truncation == "drop" else torch.ones_like(is_end)
+        if args.truncation == "bootstrap" and ends is not None:
+            was_cut = was_cut.index_fill(0, ends, False)  # of others, the state after is not read
+        self.has_next = torch.ones_like(is_end) if args.truncation == "terminal" else ~was_cut
 
     def next_of(self, values: torch.Tensor) -> torch.Tensor:
         """Of values of N states, and of those after them, that of the state after each of the N tokens."""
@@ -294,9 +299,10 @@ def make_transitions(
     if args.label_outside == "union":
         actions = with_labels(actions, labels)
     width = actions.ids.shape[1]
-    q, q_next = (_q_values(part, offset, args) for part, offset in zip((logits, next_logits), offsets, strict=True))
-    v_t = state_values(q[:, :width], actions, args)
-    v_next = v_t if next_logits is logits else state_values(q_next[:, :width], actions, args)
+    q = _q_values(logits, offsets[0], args)
+    v_t = v_next = state_values(q[:, :width], actions, args)
+    if next_logits is not logits:
+        v_next = state_values(_q_values(next_logits, offsets[1], args)[:, :width], actions, args)
     v_tp1 = course.next_of(v_next.detach() if args.detach_next else v_next)
     own = actions.first(count)
     q_t = q[:count, -1]
