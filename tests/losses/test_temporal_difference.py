@@ -4,8 +4,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+import trl_kd.losses as td
 from tests.references import temporal_difference as references
-from trl_kd.losses import temporal_difference as td
 
 
 INF = math.inf

@@ -18,7 +18,7 @@ from transformers import TopPLogitsWarper
 
 from trl_kd.generation import Sampling, distinct_n, generate_completions, rollout_seed
 from trl_kd.losses import cross_entropy, entropy, forward_kl, reverse_kl, total_variation
-from trl_kd.losses.temporal_difference import check_mass
+from trl_kd.losses.action_sets import check_mass
 
 
 if TYPE_CHECKING:

@@ -1,5 +1,14 @@
 """Per-token losses on logits. Pure functions of torch tensors; only `reduction` and `linear` reduce."""
 
+from trl_kd.losses.action_sets import (
+    contains,
+    full_set,
+    min_p_set,
+    threshold_set,
+    top_k_set,
+    top_p_set,
+    union_with_label,
+)
 from trl_kd.losses.divergences import (
     adaptive_kl,
     forward_kl,
@@ -32,36 +41,33 @@ from trl_kd.losses.moments import (
 from trl_kd.losses.on_set import OnSet, set_forward_kl, tail_nll
 from trl_kd.losses.predictions import cross_entropy, entropy, log_sum_exp, top1_accuracy, top1_agreement
 from trl_kd.losses.reduction import token_mean, weighted_sum
-from trl_kd.losses.sparse import log_normaliser, set_logits, top_tokens
-from trl_kd.losses.temporal_difference import (
-    chi2_penalty,
-    contains,
-    expected_inverse_soft_q,
-    expected_value,
-    full_set,
-    gauged,
-    hard_value,
-    implied_reward,
-    inverse_soft_q,
+from trl_kd.losses.returns import (
     lambda_returns,
-    large_margin,
-    log_policy,
-    min_p_set,
     monte_carlo_returns,
     n_step_returns,
     next_values,
     one_step_returns,
+)
+from trl_kd.losses.sparse import log_normaliser, set_logits, top_tokens
+from trl_kd.losses.temporal_difference import (
+    chi2_penalty,
+    expected_inverse_soft_q,
+    implied_reward,
+    inverse_soft_q,
+    large_margin,
     path_consistency,
     released,
     set_tail,
     soft_actor_critic,
     soft_q_regression,
-    soft_value,
     sqil_reward,
-    threshold_set,
-    top_k_set,
-    top_p_set,
-    union_with_label,
+)
+from trl_kd.losses.values import (
+    expected_value,
+    gauged,
+    hard_value,
+    log_policy,
+    soft_value,
 )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from trl_kd.losses.temporal_difference import check_mass, check_share
+from trl_kd.losses.action_sets import check_mass
+from trl_kd.losses.returns import check_share
 from trl_kd.trainer.kd_config import KDConfig, check_choice, check_range
 
 
