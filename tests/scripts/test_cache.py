@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -15,6 +16,9 @@ from trl_kd.scripts import cache as script
 from trl_kd.scripts.arguments import load_splits
 from trl_kd.teachers import TeacherCache
 from trl_kd.trainer.setup import dataset_preparer, own_tokenizer
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "teacher_cache.md"
 
 
 def cache_arguments(teacher, dataset, output_dir, **changes) -> list[str]:
@@ -129,7 +133,9 @@ def test_cache_student_of_another_vocabulary_is_refused(teacher_path, rows_file,
     assert not (tmp_path / "cache").exists()
 
 
-def test_cache_killed_goes_on_where_it_was(teacher_path, rows_file, tmp_path, monkeypatch):
+def test_cache_interrupted_is_one_line_and_goes_on_where_it_was(
+    teacher_path, rows_file, tmp_path, monkeypatch, capsys
+):
     from trl_kd.teachers import LocalTeacher
 
     cli.main(cache_arguments(teacher_path, rows_file, tmp_path / "whole"))
@@ -142,14 +148,47 @@ def test_cache_killed_goes_on_where_it_was(teacher_path, rows_file, tmp_path, mo
         return original(self, **inputs)
 
     monkeypatch.setattr(LocalTeacher, "hidden_states", forward)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as caught:
         cli.main(cache_arguments(teacher_path, rows_file, tmp_path / "resumed"))
+    assert caught.value.code == 130 and caught.value.__suppress_context__
+    line = f"Interrupted: 8 rows are written in {tmp_path / 'resumed'}. The same command goes on from there."
+    assert capsys.readouterr().err.splitlines()[-1] == line
     cli.main(cache_arguments(teacher_path, rows_file, tmp_path / "resumed"))
     assert len(calls) == 4 + 3  # of five batches, the two of the first part were not read again
     whole, resumed = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "resumed")
     )
     assert whole == resumed and len(whole) == 4
+
+
+def test_cache_interrupted_before_the_first_row_is_one_line(rows_file, tmp_path, monkeypatch, capsys):
+    def load_teacher(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_kd.scripts.generate.load_teacher", load_teacher)
+    with pytest.raises(SystemExit, match="130"):
+        cli.main(cache_arguments("someone/teacher", rows_file, tmp_path / "cache"))
+    assert "Interrupted: 0 rows are written" in capsys.readouterr().err
+
+
+def test_cache_python_block_of_the_page_writes_what_the_command_writes(
+    student_path, teacher_path, rows_file, tmp_path, monkeypatch
+):
+    """The block as it stands, but for the names of models."""
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
+    for name, path in (("Qwen/Qwen2.5-0.5B-Instruct", student_path), ("Qwen/Qwen2.5-7B-Instruct", teacher_path)):
+        assert block.count(f'"{name}"') == 1
+        block = block.replace(f'"{name}"', repr(path))
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(block, namespace)
+    assert len(namespace["counts"]) == len(namespace["cache"][0][0]) > 0
+    options = {"model_name_or_path": student_path, "rows_per_part": 1000, "batch_size": 8}
+    cli.main(cache_arguments(teacher_path, rows_file, tmp_path / "command", **options))
+    block, command = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("teacher_cache", "command")
+    )
+    assert block == command and len(block) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,23 @@ import json
 import math
 import pickle
 import re
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import CHATML_TEMPLATE, make_model, make_tokenizer
 from trl_kd.data import KDCollator, pack, prepare_dataset
 from trl_kd.teachers import CacheCollator, CachedTeacher, LocalTeacher, TeacherCache
 from trl_kd.teachers.cache import top_sets
-from trl_kd.teachers.cache_writer import CacheSettings, state_mask, write_cache
+from trl_kd.teachers.cache_writer import LOCK, CacheSettings, state_mask, write_cache, written_rows
 
 
 TOP_P = 0.8
@@ -163,6 +168,7 @@ def test_write_cache_header_says_where_it_comes_from(cache, rows, teacher_path, 
         "top_p": TOP_P, "max_tokens": 256, "bits": 8, "batch_size": 2, "rows_per_part": 4
     }  # fmt: skip
     assert header["teacher"]["name"] == teacher_path and header["teacher"]["dtype"] == "float32"
+    assert header["teacher"]["revision"] is None
     assert header["vocab_size"] == header["tokenizer"]["size"] == len(tokenizer)
     assert header["eos_token_ids"] == [tokenizer.eos_token_id]
     assert [part["rows"] for part in header["parts"]] == [4, 4, 3]
@@ -221,6 +227,7 @@ def test_write_cache_killed_and_resumed_is_the_uninterrupted_one(
         kill_in(patch, function, call)
         written(folder, rows, teacher, tokenizer)
     done = min(4 * parts, 11)
+    assert written_rows(folder) == done and not (folder / LOCK).exists()
     with pytest.raises(ValueError, match=f"`.*` is unfinished: {done} of 11 rows are written. Run `trl-kd cache`"):
         TeacherCache.open(folder)
 
@@ -241,17 +248,117 @@ def test_write_cache_complete_one_is_left_as_it_is(cache, rows, teacher, tokeniz
     assert contents(cache.path) == before
 
 
+def lengths_read(monkeypatch) -> list[int]:
+    """Longest row of each batch that a teacher reads from here on."""
+    lengths, original = [], LocalTeacher.hidden_states
+
+    def hidden_states(self, **inputs):
+        lengths.append(inputs["input_ids"].shape[1])
+        return original(self, **inputs)
+
+    monkeypatch.setattr(LocalTeacher, "hidden_states", hidden_states)
+    return lengths
+
+
 @pytest.mark.parametrize("cut", [None, 100])
-def test_write_cache_lost_part_is_written_again(cut, cache, rows, teacher, tokenizer, tmp_path):
+@pytest.mark.parametrize("kill", [False, True])
+def test_write_cache_lost_part_alone_is_written_again(
+    kill, cut, cache, rows, teacher, tokenizer, tmp_path, monkeypatch
+):
     folder = tmp_path / "cache"
+    shutil.copytree(cache.path, folder)
+    whole = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for name in ("part-00000.arrow", "part-00001.arrow") if kill else ("part-00001.arrow",):
+        if cut is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes((folder / name).read_bytes()[:-cut])
+    if kill:  # after the first of the two, with the third in place
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_in(patch, "_top_sets", 3)
+            written(folder, rows, teacher, tokenizer)
+        assert written_rows(folder) == 4 + 3
+    lengths = lengths_read(monkeypatch)
     written(folder, rows, teacher, tokenizer)
-    file = folder / "part-00001.arrow"
-    if cut is None:
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:-cut])
-    written(folder, rows, teacher, tokenizer)
+    assert len(lengths) == 2
     assert contents(folder) == contents(cache.path)
+    assert (folder / "part-00002.arrow").stat().st_mtime_ns == whole["part-00002.arrow"]
+
+
+def test_write_cache_reads_the_longest_rows_of_a_part_first(rows, teacher, tokenizer, tmp_path, monkeypatch):
+    lengths = lengths_read(monkeypatch)
+    written(tmp_path / "cache", rows, teacher, tokenizer, rows_per_part=6)
+    own = [len(ids) for ids in rows["input_ids"]]
+    first, second = sorted(own[:6], reverse=True), sorted(own[6:], reverse=True)
+    assert first != own[:6] and lengths == first[::2] + second[::2]
+
+
+@pytest.fixture
+def warnings_of(monkeypatch):
+    from trl_kd.teachers import cache_writer
+
+    found = []
+    monkeypatch.setattr(cache_writer.logger, "warning", found.append)
+    return found
+
+
+def test_write_cache_goes_on_with_another_batch_size_and_warns(
+    rows, teacher, tokenizer, tmp_path, monkeypatch, warnings_of
+):
+    folder = tmp_path / "cache"
+    whole = written(tmp_path / "whole", rows, teacher, tokenizer, bits=32)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in(patch, "_top_sets", 3)
+        written(folder, rows, teacher, tokenizer, bits=32)
+    lengths = lengths_read(monkeypatch)
+    resumed = written(folder, rows, teacher, tokenizer, bits=32, batch_size=1)
+    assert len(lengths) == 4 + 3
+    (warning,) = warnings_of
+    assert "`batch_size` is 1, but the teacher has read 2 rows at once" in warning and "last digits" in warning
+    assert resumed.settings["batch_size"] == 2  # that of the first part
+    for found, expected in zip(resumed, whole, strict=True):
+        for state, wanted in zip(states_of(found), states_of(expected), strict=True):
+            assert state == pytest.approx(wanted, abs=1e-5)  # float32 sums in another order
+    written(folder, rows, teacher, tokenizer, bits=32, batch_size=5)  # whole: nothing is read, and nothing warned of
+    assert len(lengths) == 7 and len(warnings_of) == 1
+
+
+def test_write_cache_batch_size_that_never_worked_is_forgotten(
+    rows, teacher, tokenizer, tmp_path, monkeypatch, warnings_of
+):
+    """Out of memory in the first batch, then smaller batches: the cache is that of the smaller ones alone."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in(patch, "_top_sets", 1)
+        written(tmp_path / "cache", rows, teacher, tokenizer, batch_size=4)
+    written(tmp_path / "cache", rows, teacher, tokenizer, batch_size=1)
+    written(tmp_path / "whole", rows, teacher, tokenizer, batch_size=1)
+    assert warnings_of == [] and contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_write_cache_second_writer_is_refused(cache, rows, teacher, tokenizer):
+    before = contents(cache.path)
+    with (
+        FileLock(str(cache.path / LOCK)),
+        pytest.raises(ValueError, match="Another process is writing the cache `.*`.* Wait for it, or name another"),
+    ):
+        written(cache.path, rows, teacher, tokenizer)
+    (cache.path / LOCK).unlink()
+    assert contents(cache.path) == before
+
+
+def test_write_cache_lock_of_a_killed_writer_does_not_block(cache, rows, teacher, tokenizer, tmp_path):
+    code = (
+        "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+        "print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / LOCK)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="Another process is writing"):
+            written(tmp_path, rows, teacher, tokenizer)
+        writer.send_signal(signal.SIGKILL)
+    assert (tmp_path / LOCK).exists()
+    written(tmp_path, rows, teacher, tokenizer)
+    assert contents(tmp_path) == contents(cache.path)
 
 
 def test_write_cache_refuses_to_go_on_with_anything_else(cache, rows, teacher, tokenizer, student_path):
@@ -262,8 +369,8 @@ def test_write_cache_refuses_to_go_on_with_anything_else(cache, rows, teacher, t
     for arguments, message in (
         ((rows, teacher, tokenizer, cache.path, ends, settings(top_p=0.7)), r"another top_p \(0.8, now 0.7\), so its"),
         (
-            (rows, teacher, tokenizer, cache.path, ends, settings(bits=6, batch_size=3)),
-            "another bits .*, another batch",
+            (rows, teacher, tokenizer, cache.path, ends, settings(bits=6, rows_per_part=3, batch_size=3)),
+            r"another bits \(8, now 6\), another rows_per_part \(4, now 3\), so",
         ),
         ((rows.select(range(5)), teacher, tokenizer, cache.path, ends, settings()), "another dataset, so"),
         ((rows, LocalTeacher(student_path), tokenizer, cache.path, ends, settings()), "another teacher, so"),
@@ -364,7 +471,7 @@ def test_teacher_cache_open_refuses_a_file_that_is_not_whole(cut, message, rows,
         file.write_bytes(file.read_bytes()[:-50])
     else:
         file.unlink()
-    with pytest.raises(ValueError, match=f"is not whole: {message}.*Copy the file again; or delete it and run"):
+    with pytest.raises(ValueError, match=f"is not whole: {message}.*Copy the file again; or run `trl-kd"):
         TeacherCache.open(folder)
 
 
@@ -441,9 +548,47 @@ def test_check_teacher_refuses_another_model_or_path(cache, teacher, teacher_pat
     with torch.no_grad():
         changed.model.layers[1].mlp.down_proj.weight[3, 3] += 1e-3
     half = AutoModelForCausalLM.from_pretrained(teacher_path, dtype=torch.bfloat16)
-    for other in (student_path, "someone/else", changed, half):
-        with pytest.raises(ValueError, match="is not the one that wrote the cache `.*` .* in float32"):
+    for other, message in (
+        (student_path, "its config or its weights differ"),
+        ("someone/else", r"its name or its revision \(`main`\) differs, and nothing else could be compared"),
+        (changed, "its weights or their dtype differ"),
+        (half, "its weights or their dtype differ"),
+    ):
+        expected = rf"is not the one that wrote the cache `.*` \(.*, revision `main`, in float32\): {message}"
+        with pytest.raises(ValueError, match=expected):
             cache.check_teacher(other)
+
+
+@pytest.fixture
+def hub_teacher(teacher_path, student_path, tmp_path, monkeypatch):
+    """A teacher on the Hub that has been downloaded: `main` is the student's model, the revision `v2` the teacher."""
+    folder = tmp_path / "hub" / "models--someone--teacher"
+    (folder / "refs").mkdir(parents=True)
+    for revision, commit, path in (("main", "a" * 40, student_path), ("v2", "b" * 40, teacher_path)):
+        (folder / "refs" / revision).write_text(commit)
+        shutil.copytree(path, folder / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "someone/teacher", folder
+
+
+def test_check_teacher_compares_the_revision(hub_teacher, cache, rows, tokenizer, tmp_path):
+    name, folder = hub_teacher
+    teacher = LocalTeacher(name, {"revision": "v2"})
+    own = written(tmp_path / "cache", rows, teacher, tokenizer)
+    assert own.header["teacher"]["revision"] == teacher.revision == "v2"
+    assert own.header["teacher"]["files"] == cache.header["teacher"]["files"]
+    own.check_teacher(name, "v2")
+    own.check_teacher(name, "b" * 40)  # the same files
+    for revision in (None, "main"):
+        with pytest.raises(ValueError, match="`someone/teacher`, revision `v2`, .* config or its weights differ"):
+            own.check_teacher(name, revision)
+    with pytest.raises(ValueError, match="another teacher, so its parts"):
+        written(tmp_path / "cache", rows, LocalTeacher(name), tokenizer)
+    shutil.rmtree(folder)  # on another machine
+    own.check_teacher(name, "v2")
+    for other, revision in ((name, None), (name, "v3"), ("someone/else", "v2")):
+        with pytest.raises(ValueError, match=rf"its revision \(`{revision or 'main'}`\) differs, and nothing else"):
+            own.check_teacher(other, revision)
 
 
 def test_check_teacher_sees_one_changed_weight_in_the_files(cache, teacher_path, tmp_path):
@@ -586,9 +731,9 @@ def test_cache_collator_takes_evaluation_rows_from_their_own_cache(cache, rows, 
     collator = CacheCollator(KDCollator(0), cache, TOP_P, eval_cache=eval_cache)
     row = eval_cache.with_rows(other)[1] | {"in_eval_cache": True}
     found = collator([row])["teacher_log_probs"]
-    # Its mass is larger than the run's, so its sets are cut, although the training cache's are not
-    assert found[0].exp().sum(dim=1).max() < 0.9
-    expected = plain_batch(eval_cache, {0: row}, [0], TOP_P)[1]
+    # All that it has, which is more than the sets of the run: what is measured is measured on that
+    assert found[0].exp().sum(dim=1).min() > 0.85
+    expected = plain_batch(eval_cache, {0: row}, [0], None)[1]
     assert found.equal(expected)
 
 

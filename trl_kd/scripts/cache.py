@@ -15,6 +15,7 @@ trl-kd cache --inspect teacher_cache
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +40,9 @@ At every trained token of the dataset, the fewest tokens with the mass --top_p a
 with `teacher_cache` set to the folder then needs no teacher. Give the student (--model_name_or_path) and the options
 of the dataset as the run will have them: the run refuses a cache of other rows.
 
-The rows are written in parts. Started again with the same options, a command that was cut off goes on with the first
-part that is missing, and its result equals that of an uninterrupted one.
+The rows are written in parts. Started again with the same options, a command that was cut off writes the parts that
+are missing, and its result equals that of an uninterrupted one. If memory does not suffice, --batch_size may be made
+smaller.
 """
 
 # Rows that --inspect reads, evenly spaced
@@ -94,7 +96,7 @@ class CacheArguments:
         bits (`int`, *optional*, defaults to `8`):
             Bits of a log-probability: 4 to 16, or 32 for no rounding.
         batch_size (`int`, *optional*, defaults to `8`):
-            Rows that the teacher reads at once. It changes the last digits, so a command goes on only with the same.
+            Rows that the teacher reads at once. It changes the last digits: a command that goes on with another warns.
         rows_per_part (`int`, *optional*, defaults to `1000`):
             Rows of a file. A command that was cut off loses at most so many.
         inspect (`str`, *optional*):
@@ -151,8 +153,8 @@ class CacheArguments:
     batch_size: int = field(
         default=8,
         metadata={
-            "help": "Rows that the teacher reads at once. It changes the last digits, so a command goes on only with "
-            "the same."
+            "help": "Rows that the teacher reads at once. It changes the last digits: a command that goes on with "
+            "another warns."
         },
     )
     rows_per_part: int = field(
@@ -249,7 +251,23 @@ def vocab_size(args: CacheArguments, teacher: "LocalTeacher", tokenizer: "PreTra
 
 
 def write(args: CacheArguments) -> None:
-    """Write one cache, and say what it costs."""
+    """Write one cache, and say what it costs. Ctrl-C leaves with status 130 and says how much is written."""
+    try:
+        cache = write_rows(args)
+    except KeyboardInterrupt:
+        from trl_kd.teachers.cache_writer import written_rows
+
+        rows = written_rows(args.output_dir)
+        print(
+            f"Interrupted: {rows:,} rows are written in {args.output_dir}. The same command goes on from there.",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None
+    print(summary(cache))
+
+
+def write_rows(args: CacheArguments) -> "TeacherCache":
+    """The cache that the arguments describe, written."""
     from trl_kd.scripts.arguments import load_splits, select_split
     from trl_kd.scripts.generate import load_teacher
     from trl_kd.teachers.cache_writer import write_cache
@@ -259,8 +277,7 @@ def write(args: CacheArguments) -> None:
     teacher = load_teacher(args)
     rows, tokenizer, eos_ids = prepare(args, dataset, teacher)
     size = vocab_size(args, teacher, tokenizer)
-    cache = write_cache(rows, teacher, tokenizer, args.output_dir, eos_ids, args.settings(), size, show_progress=True)
-    print(summary(cache))
+    return write_cache(rows, teacher, tokenizer, args.output_dir, eos_ids, args.settings(), size, show_progress=True)
 
 
 def summary(cache: "TeacherCache") -> str:
@@ -336,8 +353,11 @@ def show_header(console: "Console", cache: "TeacherCache") -> None:
     header = cache.header
     tokenizer, teacher = header["tokenizer"], header["teacher"]
     template = "no chat template" if tokenizer["chat_template"] is None else "with a chat template"
+    name = teacher["name"] or "without a path"
+    if teacher.get("revision"):
+        name += f" ({teacher['revision']})"
     lines = {
-        "teacher": f"{teacher['name'] or 'without a path'} in {teacher['dtype']}, weights {teacher['weights'][:12]}",
+        "teacher": f"{name} in {teacher['dtype']}, weights {teacher['weights'][:12]}",
         "tokenizer": f"{tokenizer['size']:,} tokens, {template}, vocabulary {tokenizer['vocabulary'][:12]}",
         "vocabulary": f"{cache.vocab_size:,} tokens, ends {cache.eos_token_ids}",
         "dataset": f"{header['dataset']['rows']:,} rows, digest {header['dataset']['digest'][:12]}",
@@ -371,11 +391,13 @@ def tokenizer_of(args: CacheArguments, cache: "TeacherCache") -> "PreTrainedToke
 
     from trl_kd.teachers.fingerprint import tokenizer_digests
 
-    for path in (args.model_name_or_path, cache.header["teacher"]["name"]):
+    teacher = cache.header["teacher"]
+    sources = (args.model_name_or_path, args.model_revision), (teacher["name"], teacher.get("revision"))
+    for path, revision in sources:
         if not path:
             continue
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=True)
         except (OSError, ValueError):
             continue
         if tokenizer_digests(tokenizer)["vocabulary"] == cache.header["tokenizer"]["vocabulary"]:

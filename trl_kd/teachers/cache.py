@@ -189,25 +189,34 @@ class TeacherCache:
 
         Args:
             teacher (`str` or [`~transformers.PreTrainedModel`]):
-                Model, path or Hub name. Of a name whose files are not on this machine, the name alone is compared.
+                Model, path or Hub name. Of a name whose files are not on this machine, name and revision alone are
+                compared.
             revision (`str`, *optional*):
                 Revision on the Hub.
 
         Raises:
-            ValueError: If it is another model, or has other weights or another dtype.
+            ValueError: If it is another model, or has other weights. A model's dtype has to be the same too; of a path
+                or a name, the dtype in its files is all that is known.
         """
         own = self.header["teacher"]
+        own_revision = own.get("revision") or "main"
         if isinstance(teacher, nn.Module):
             name, expected, found = type(teacher).__name__, own["weights"], model_digest(teacher)
+            what = "its weights or their dtype differ"
         else:
             name, expected, found = teacher, own["files"], files_digest(teacher, revision)
+            what = "its config or its weights differ"
             if expected is None or found is None:
-                expected, found = own["name"], teacher
+                expected, found = (own["name"], own_revision), (teacher, revision or "main")
+                what = (
+                    f"its name or its revision (`{found[1]}`) differs, and nothing else could be compared, since the "
+                    "files of one of the two are not known on this machine"
+                )
         if expected != found:
             raise ValueError(
-                f"The teacher `{name}` is not the one that wrote the cache `{self.path}` (`{own['name']}` in "
-                f"{own['dtype']}): its config or its weights differ. Training would follow another teacher than the "
-                "one asked for. Leave the teacher out, or write a new cache with `trl-kd cache`."
+                f"The teacher `{name}` is not the one that wrote the cache `{self.path}` (`{own['name']}`, revision "
+                f"`{own_revision}`, in {own['dtype']}): {what}. Training would follow another teacher than the one "
+                "asked for. Leave the teacher out, or write a new cache with `trl-kd cache`."
             )
 
     def _column(self, name: str) -> np.ndarray:
@@ -222,8 +231,8 @@ class TeacherCache:
                 found = "is missing" if size is None else f"has {size} bytes instead of {part['bytes']}"
                 raise ValueError(
                     f"The teacher cache `{self.path}` is not whole: `{part['file']}` {found}. Its rows cannot be "
-                    "read. Copy the file again; or delete it and run `trl-kd cache` with the same options, which "
-                    "writes what is missing."
+                    "read. Copy the file again; or run `trl-kd cache` with the same options, which writes this file "
+                    "again and no whole one."
                 )
 
     def _tables(self) -> list[Any]:
@@ -270,7 +279,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         done = sum(part["rows"] for part in header["parts"])
         raise ValueError(
             f"The teacher cache `{path}` is unfinished: {done} of {header['dataset']['rows']} rows are written. Run "
-            "`trl-kd cache` again with the same options; it goes on from there."
+            "`trl-kd cache` again with the same options; it writes those that are missing."
         )
     if header["counts"]["states"] == 0:
         raise ValueError(

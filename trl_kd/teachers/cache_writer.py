@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -27,6 +29,7 @@ from trl_kd.teachers.packing import check_bits, pack_row
 
 logger = logging.get_logger(__name__)
 
+LOCK = "writing.lock"
 _FEATURES = Features(
     {"row": Value("int64"), "states": Value("int32"), "tokens": Value("int32"), "data": Value("large_binary")}
 )
@@ -45,7 +48,8 @@ class CacheSettings:
         bits (`int`, *optional*, defaults to `8`):
             Bits of a log-probability: 4 to 16, or 32 for no rounding.
         batch_size (`int`, *optional*, defaults to `8`):
-            Rows that the teacher reads at once. Padding changes the last digits, so a run goes on only with the same.
+            Rows that the teacher reads at once. Padding changes the last digits, so a run that goes on with another
+            one warns of it.
         rows_per_part (`int`, *optional*, defaults to `1000`):
             Rows of a file. A run that was cut off loses at most so many.
 
@@ -89,8 +93,9 @@ def write_cache(
     Writes the teacher's likeliest tokens at every trained token of a dataset.
 
     Each part is written under another name and renamed, then entered into the header, whose last change declares the
-    cache complete. Called again with the same arguments, it goes on with the first part that is missing, and the
-    result is the same as without the interruption.
+    cache complete. Called again with the same arguments, it writes the parts that are missing or cut and no other,
+    and the result is the same as without the interruption. Within a part, the longest rows are read first, so that
+    memory that does not suffice is seen at once; `batch_size` may be made smaller then.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -115,8 +120,8 @@ def write_cache(
         [`TeacherCache`]
 
     Raises:
-        ValueError: If the dataset has nothing to cache, the teacher's probabilities are not finite, or the folder
-            holds a cache of something else.
+        ValueError: If the dataset has nothing to cache, the teacher's probabilities are not finite, the folder holds a
+            cache of something else, or another process is writing to it.
     """
     settings, folder = settings or CacheSettings(), Path(folder)
     _check_dataset(dataset)
@@ -125,20 +130,61 @@ def write_cache(
     digests = row_digests(dataset)
     header = _new_header(teacher, tokenizer, len(head.weight), eos_token_ids, settings, digests)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = _finished_parts(folder, header)
-    starts = range(0, len(dataset), settings.rows_per_part)
-    done = sum(part["rows"] for part in parts)
-    with tqdm(total=len(dataset), initial=done, desc="Caching", unit="row", disable=not show_progress) as progress:
-        for start in starts[len(parts) :]:
-            rows = dataset.select(range(start, min(start + settings.rows_per_part, len(dataset))))
-            part = _Part(digests[start : start + len(rows)])
-            for index, states in _read_rows(rows, teacher, head, set(header["eos_token_ids"]), settings):
-                part.add(index, states, header["vocab_size"], settings.bits)
-                progress.update()
-            parts.append(part.write(folder, f"part-{len(parts):05d}.arrow"))
-            _write_header(folder, header, parts, complete=False)
-    _write_header(folder, header, parts, complete=True)
+    with _only_writer(folder):
+        header, parts = _resume(folder, header)
+        done = sum(part["rows"] for part in parts.values())
+        with tqdm(total=len(dataset), initial=done, desc="Caching", unit="row", disable=not show_progress) as progress:
+            for number, start in enumerate(range(0, len(dataset), settings.rows_per_part)):
+                name = f"part-{number:05d}.arrow"
+                if name in parts:
+                    continue
+                rows = dataset.select(range(start, min(start + settings.rows_per_part, len(dataset))))
+                part = _Part(digests[start : start + len(rows)])
+                for index, states in _read_rows(rows, teacher, head, set(header["eos_token_ids"]), settings):
+                    part.add(index, states, header["vocab_size"], settings.bits)
+                    progress.update()
+                parts[name] = part.write(folder, name)
+                _write_header(folder, header, parts, complete=False)
+        _write_header(folder, header, parts, complete=True)
     return TeacherCache.open(folder)
+
+
+def written_rows(folder: str | Path) -> int:
+    r"""
+    Number of rows in the whole parts of a folder, finished or not.
+
+    Args:
+        folder (`str`):
+            Folder that [`write_cache`] writes to. It need not exist.
+
+    Returns:
+        `int`
+
+    Raises:
+        ValueError: If the folder holds the header of something else.
+    """
+    header = read_header(Path(folder))
+    return sum(part["rows"] for part in _whole_parts(Path(folder), header).values()) if header else 0
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder against other processes. The system ends the hold of a process that dies."""
+    file = folder / LOCK
+    lock = FileLock(str(file))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"Another process is writing the cache `{folder}` (it holds `{LOCK}`), and two would overwrite each "
+            "other's files. Wait for it, or name another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # Windows, where the release removes it
+            file.unlink(missing_ok=True)
+        lock.release()
 
 
 def _check_dataset(dataset: Any) -> None:
@@ -188,9 +234,10 @@ def _new_header(
         "settings": asdict(settings),
         "teacher": {
             "name": teacher.name,
+            "revision": teacher.revision,
             "dtype": str(teacher.head.weight.dtype).removeprefix("torch."),
             "weights": model_digest(teacher.model),
-            "files": files_digest(teacher.name) if teacher.name else None,
+            "files": files_digest(teacher.name, teacher.revision) if teacher.name else None,
         },
         "tokenizer": tokenizer_digests(tokenizer),
         "vocab_size": vocab_size,
@@ -199,17 +246,42 @@ def _new_header(
     }
 
 
-def _finished_parts(folder: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """Whole parts that an earlier run has left, up to the first that is missing; refuse those of something else."""
+def _resume(folder: Path, header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The header to write, and the whole parts that an earlier run has left; refuse those of something else."""
     found = read_header(folder)
     if found is None:
-        if others := sorted(path.name for path in folder.iterdir() if path.name != f"{HEADER}.tmp"):
+        if others := sorted(path.name for path in folder.iterdir() if path.name not in (f"{HEADER}.tmp", LOCK)):
             raise ValueError(
                 f"`{folder}` holds other files ({', '.join(others[:3])}), which would be mixed with those of the "
                 "cache. Name a new or an empty folder."
             )
-        _write_header(folder, header, [], complete=False)
-        return []
+        _write_header(folder, header, {}, complete=False)
+        return header, {}
+    _check_same(folder, found, header)
+    parts = _whole_parts(folder, found)
+    for part in found["parts"]:
+        if part["file"] not in parts:
+            logger.warning(f"`{folder / part['file']}` is missing or cut. It is written again; whole parts stay.")
+    earlier, now = found["settings"]["batch_size"], header["settings"]["batch_size"]
+    if parts and earlier != now:
+        header = header | {"settings": found["settings"]}
+        if sum(part["rows"] for part in parts.values()) < header["dataset"]["rows"]:
+            logger.warning(
+                f"`batch_size` is {now}, but the teacher has read {earlier} rows at once for the parts in `{folder}`. "
+                f"Padding differs, so the last digits may too. Set it to {earlier} for the cache of one uninterrupted "
+                "run."
+            )
+    return header, parts
+
+
+def _whole_parts(folder: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a header says of its files, for those that are there and not cut."""
+    sizes = {file.name: file.stat().st_size for file in folder.glob("part-*.arrow")}
+    return {part["file"]: part for part in header["parts"] if sizes.get(part["file"]) == part["bytes"]}
+
+
+def _check_same(folder: Path, found: dict[str, Any], header: dict[str, Any]) -> None:
+    """Refuse to go on with parts of something else. Only the batch size may be another."""
     names = {
         "teacher": "teacher",
         "tokenizer": "tokenizer",
@@ -220,21 +292,13 @@ def _finished_parts(folder: Path, header: dict[str, Any]) -> list[dict[str, Any]
     differing = [
         f"{name} ({found['settings'].get(name)}, now {value})"
         for name, value in header["settings"].items()
-        if found["settings"].get(name) != value
+        if found["settings"].get(name) != value and name != "batch_size"
     ] + [name for key, name in names.items() if found[key] != header[key]]
     if differing:
         raise ValueError(
             f"`{folder}` holds a cache with another {', another '.join(differing)}, so its parts do not belong to "
             "this one. Name another folder, run with what it was made with, or remove it."
         )
-    parts = []
-    for part in found["parts"]:
-        file = folder / part["file"]
-        if not file.is_file() or file.stat().st_size != part["bytes"]:
-            logger.warning(f"`{file}` is missing or cut. It and what follows is written again.")
-            break
-        parts.append(part)
-    return parts
 
 
 def _read_rows(
@@ -242,10 +306,10 @@ def _read_rows(
 ) -> Iterable[tuple[int, tuple[np.ndarray, ...]]]:
     """
     Number of each row, and counts, ids and log-probabilities of its states with the number of those whose set was
-    capped. In batches of rows of like length.
+    capped. In batches of rows of like length, the longest first, so that memory fails before much is read.
     """
     columns = {name: rows.with_format(None)[name][:] for name in ("input_ids", "labels")}
-    order = sorted(range(len(rows)), key=lambda index: len(columns["input_ids"][index]))
+    order = sorted(range(len(rows)), key=lambda index: -len(columns["input_ids"][index]))
     collate = KDCollator(pad_token_id=0)
     device = head.weight.device
     for start in range(0, len(order), settings.batch_size):
@@ -350,7 +414,8 @@ class _Part:
         }
 
 
-def _write_header(folder: Path, header: dict[str, Any], parts: list[dict[str, Any]], complete: bool) -> None:
+def _write_header(folder: Path, header: dict[str, Any], files: dict[str, dict[str, Any]], complete: bool) -> None:
+    parts = [files[name] for name in sorted(files, key=lambda name: (len(name), name))]
     counts = {name: sum(part[name] for part in parts) for name in ("rows", "states", "tokens", "capped_states")}
     counts["data_bytes"] = sum(part["data_bytes"] for part in parts)
     counts["largest_id"] = max((part["largest_id"] for part in parts), default=-1)

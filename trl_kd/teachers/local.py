@@ -62,6 +62,11 @@ class LocalTeacher:
         self._autocast = nullcontext
 
     @property
+    def revision(self) -> str | None:
+        """Revision on the Hub that was asked for; `None` for the default one."""
+        return self._source_kwargs.get("revision")
+
+    @property
     def vocab_size(self) -> int:
         """Number of rows of the teacher's head, padding included."""
         return self.model.get_output_embeddings().out_features
