@@ -168,6 +168,13 @@ def config_model_id(model: nn.Module) -> str:
     return model.config.name_or_path or ""
 
 
+def context_length(config: Any) -> int | None:
+    """Positions that a model has, by its configuration, if that says so."""
+    text = config.get_text_config()
+    name = "max_position_embeddings"
+    return text.to_dict().get(text.attribute_map.get(name, name))
+
+
 def hooked_sft_trainer() -> type:
     """`SFTTrainer` with public hooks in place of the private methods that a KD trainer must extend."""
     from trl import SFTTrainer
@@ -198,3 +205,21 @@ def hooked_sft_trainer() -> type:
             """Not in the middle of a save, where the Trainer calls it: what is pushed is complete."""
 
     return HookedSFTTrainer
+
+
+def gkd_trainer() -> tuple[type, type]:
+    """
+    TRL's experimental GKD: trainer and configuration.
+
+    Its loss is divided by the number of ranks, so it is comparable on one rank only (TRL 1.16).
+    """
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    return GKDTrainer, GKDConfig
+
+
+def gold_trainer() -> tuple[type, type]:
+    """TRL's experimental GOLD: trainer and configuration."""
+    from trl.experimental.gold import GOLDConfig, GOLDTrainer
+
+    return GOLDTrainer, GOLDConfig

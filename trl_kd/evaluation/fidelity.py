@@ -8,16 +8,13 @@ With nucleus sampling they are compared as they are then sampled from.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
-from transformers import TopPLogitsWarper
 
+from trl_kd.evaluation.per_token import batches, compare_rows, eval_mode
 from trl_kd.generation import Sampling, distinct_n, generate_completions, rollout_seed
-from trl_kd.losses import cross_entropy, entropy, forward_kl, reverse_kl, total_variation
 from trl_kd.losses.action_sets import check_mass
 
 
@@ -25,9 +22,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel
 
-
-# Rows of logits that are widened to float32 at a time
-_CHUNK_SIZE = 512
 
 FIDELITY_METRICS = {
     "student_states/total_variation": "TV, student states",
@@ -45,32 +39,12 @@ FIDELITY_METRICS = {
 """Metrics of [`evaluate_fidelity`] that [`fidelity_table`] shows, in its order, and their titles there."""
 
 
-@contextmanager
-def _eval_mode(*models: "PreTrainedModel") -> Iterator[None]:
-    """Puts models into eval mode and gives each submodule its own mode back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _eos_token_ids(model: "PreTrainedModel") -> list[int]:
     """The ids that end a text of this model, from its generation config."""
     ids = model.generation_config.eos_token_id
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
-
-
-def _batches(items: Sequence, batch_size: int, description: str, progress: bool) -> Iterator[Sequence]:
-    """Consecutive slices of `items`, with a progress bar."""
-    starts = range(0, len(items), batch_size)
-    for start in tqdm(starts, desc=description, disable=not progress, leave=False):
-        yield items[start : start + batch_size]
 
 
 @torch.no_grad()
@@ -123,8 +97,8 @@ def sample_completions(
     eos_token_ids = _eos_token_ids(model) if eos_token_ids is None else list(eos_token_ids)
     sampling = Sampling(max_completion_length=max_new_tokens, top_p=top_p)
     completions = []
-    with _eval_mode(model):
-        for index, batch in enumerate(_batches(prompts, batch_size, description, progress)):
+    with eval_mode(model):
+        for index, batch in enumerate(batches(prompts, batch_size, description, progress)):
             # Any id can fill the batch: completions are cut by length and EOS, not by the filler
             completions += generate_completions(
                 model,
@@ -137,72 +111,14 @@ def sample_completions(
     return completions
 
 
-def _completion_logits(
-    model: "PreTrainedModel", prompts: Sequence[list[int]], completions: Sequence[list[int]]
-) -> list[torch.Tensor]:
-    """Logits of a batch at the states that predict each completion: per row `(K, V)`, in the model's dtype."""
-    # The last token of a completion leads to no further state
-    rows = [prompt + completion[:-1] for prompt, completion in zip(prompts, completions, strict=True)]
-    length = max(map(len, rows))
-    input_ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=model.device)
-    attention_mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=model.device)
-    # Logits at position i predict token i + 1, so the first state is the prompt's last position
-    first = min(map(len, prompts)) - 1
-    logits = model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=length - first
-    ).logits  # (B, S - first, V)
-    return [
-        row[len(prompt) - 1 - first :][: len(completion)]
-        for row, prompt, completion in zip(logits, prompts, completions, strict=True)
-    ]
-
-
-def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Logits `(N, V)`, `-inf` for the tokens that `generate` would not draw."""
-    return logits if top_p == 1.0 else TopPLogitsWarper(top_p)(None, logits.float())
-
-
-@torch.no_grad()
-def _compare(
-    student: "PreTrainedModel",
-    teacher: "PreTrainedModel",
-    prompts: Sequence[list[int]],
-    completions: Sequence[list[int]],
-    batch_size: int,
-    top_p: float,
-    description: str,
-    progress: bool,
-) -> dict[str, float]:
+def _compare(*arguments, **options) -> dict[str, float]:
     """Token means of all comparisons over the states of the completions."""
     sums: dict[str, float] = defaultdict(float)
     tokens = 0
-    with _eval_mode(student, teacher):
-        for batch in _batches(list(zip(prompts, completions, strict=True)), batch_size, description, progress):
-            batch_prompts, batch_completions = zip(*batch, strict=True)
-            student_logits = torch.cat(_completion_logits(student, batch_prompts, batch_completions))  # (N, V)
-            teacher_logits = torch.cat(_completion_logits(teacher, batch_prompts, batch_completions))
-            teacher_logits = teacher_logits.to(student_logits.device)
-            labels = torch.tensor(sum(batch_completions, []), device=student_logits.device)
-            tokens += len(labels)
-            # Heads of one family may be padded to different sizes
-            vocab_size = min(student_logits.size(-1), teacher_logits.size(-1))
-            for rows in torch.arange(len(labels), device=student_logits.device).split(_CHUNK_SIZE):
-                s, t, y = student_logits[rows, :vocab_size], teacher_logits[rows, :vocab_size], labels[rows]
-                q, p = _nucleus(s, top_p), _nucleus(t, top_p)
-                values = {
-                    "total_variation": total_variation(q, p),
-                    "forward_kl": forward_kl(s, p),
-                    "reverse_kl": reverse_kl(q, t),
-                    "student_entropy": entropy(q),
-                    "teacher_entropy": entropy(p),
-                    "nll": cross_entropy(s, y),
-                    "teacher_nll": cross_entropy(t, y),
-                }
-                if top_p < 1.0:
-                    values["outside"] = q.softmax(dim=-1).masked_fill(p > float("-inf"), 0.0).sum(dim=-1)
-                    values["teacher_cut"] = reverse_kl(p, t)
-                for name, value in values.items():
-                    sums[name] += value.double().sum().item()
+    for row in compare_rows(*arguments, **options):
+        tokens += len(row["nll"])
+        for name, value in row.items():
+            sums[name] += value.sum().item()
     return {name: value / tokens for name, value in sums.items()}
 
 
@@ -335,7 +251,11 @@ def evaluate_fidelity(
     metrics = {}
     for source, completions in states.items():
         values = _compare(
-            student, teacher, prompts, completions, batch_size, top_p, f"Comparing on {source}", progress
+            *(student, teacher, prompts, completions),
+            batch_size=batch_size,
+            top_p=top_p,
+            progress=progress,
+            description=f"Comparing on {source}",
         )
         if source != "reference_states":
             values |= _describe(completions, eos_token_ids)

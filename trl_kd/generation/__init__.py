@@ -3,6 +3,7 @@
 from trl_kd.generation.rollouts import (
     RolloutWriter,
     Sampling,
+    completion_text,
     distinct_n,
     draw_on_policy,
     eos_token_ids,
@@ -14,6 +15,7 @@ from trl_kd.generation.rollouts import (
 __all__ = [
     "RolloutWriter",
     "Sampling",
+    "completion_text",
     "distinct_n",
     "draw_on_policy",
     "eos_token_ids",

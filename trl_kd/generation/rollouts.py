@@ -217,6 +217,20 @@ def distinct_n(completions: list[list[int]], n: int = 2) -> float:
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
+def completion_text(tokenizer: Any, prompt_ids: list[int], completion_ids: list[int]) -> str:
+    """
+    Text of a completion, with the space that joins it to its prompt.
+
+    SentencePiece tokenizers drop the space in front of a text that is decoded on its own, so the prompt is decoded
+    with it and cut off.
+    """
+    prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    text = tokenizer.decode([*prompt_ids, *completion_ids], skip_special_tokens=True)
+    if text.startswith(prompt):
+        return text[len(prompt) :]
+    return tokenizer.decode(completion_ids, skip_special_tokens=True)
+
+
 class RolloutWriter:
     r"""
     Replaces rows of an optimizer step by rollouts of their own prompts.

@@ -173,20 +173,6 @@ def prepare_prompts(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", eo
     return prepare_dataset(prompts, tokenizer, max_length=None, eos_token_ids=eos_token_ids, name="prompt")
 
 
-def completion_text(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], completion_ids: list[int]) -> str:
-    """
-    Text of a completion, with the space that joins it to its prompt.
-
-    SentencePiece tokenizers drop the space in front of a text that is decoded on its own, so the prompt is decoded
-    with it and cut off.
-    """
-    prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
-    text = tokenizer.decode([*prompt_ids, *completion_ids], skip_special_tokens=True)
-    if text.startswith(prompt):
-        return text[len(prompt) :]
-    return tokenizer.decode(completion_ids, skip_special_tokens=True)
-
-
 def header_of(args: GenerateArguments, prompts: list[list[int]]) -> dict[str, Any]:
     """All that decides what is written, so that a run goes on only where it would have come itself."""
     settings = {name: value for name, value in asdict(args).items() if name not in ("output_file",)}
@@ -238,7 +224,7 @@ def write_blocks(
     """
     from tqdm.auto import tqdm
 
-    from trl_kd.generation.rollouts import Sampling, rollout_seed
+    from trl_kd.generation import Sampling, completion_text, rollout_seed
 
     sampling = Sampling.of(args)
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -9,6 +9,7 @@ import torch
 from datasets import IterableDataset
 from transformers.utils import logging
 
+from trl_kd._compat import context_length
 from trl_kd.data import DualCollator, Side, TeacherRows, is_conversational, map_rows, row_formatter, vocabulary_map
 from trl_kd.generation import eos_token_ids
 from trl_kd.trainer import setup
@@ -88,7 +89,7 @@ def dual_text(
         `tuple`: a function as of [`setup.dataset_preparer`], and a [`DualCollator`].
     """
     teacher_ends = eos_token_ids(teacher.model, teacher_tokenizer)
-    longest = args.teacher_max_length or _context_length(teacher.model)
+    longest = args.teacher_max_length or context_length(teacher.model.config)
     dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     first = next(iter(dataset or []), {})
 
@@ -120,13 +121,6 @@ def dual_text(
     prepare = setup.dataset_preparer(args, tokenizer, student_ends, formatting_func, add_teacher)
     by = "index" if args.objective == "uld" else args.decided("eta_pairs")
     return prepare, DualCollator(tokenizer.pad_token_id, args.pad_to_multiple_of, *sides, by, longest)
-
-
-def _context_length(model: Any) -> int | None:
-    """Positions that a model has, if it says so."""
-    config = model.config.get_text_config()
-    name = "max_position_embeddings"
-    return config.to_dict().get(config.attribute_map.get(name, name))
 
 
 def choose_alignment(args: Any, dataset: Any, collator: DualCollator) -> str:
