@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import make_model, make_tokenizer
-from trl_kd import AMMConfig, DSKDConfig, SparseTDConfig, cli
-from trl_kd.scripts import demo, generate, launch
+from trl_kd import AMMConfig, DSKDConfig, SparseTDConfig, cli, generation
+from trl_kd.scripts import generate, launch
 
 
 ROOT = Path(__file__).parents[1]
@@ -521,8 +521,8 @@ def test_generate_resumed_run_equals_the_uninterrupted_one(
     assert [json.loads(line) is not None for line in partial.read_text().splitlines()] == [True] * 3
 
     blocks = []
-    original = generate.completion_text
-    monkeypatch.setattr(generate, "completion_text", lambda *args: blocks.append(1) or original(*args))
+    original = generation.completion_text
+    monkeypatch.setattr(generation, "completion_text", lambda *args: blocks.append(1) or original(*args))
     cli.main(arguments)
     assert len(blocks) == 1  # one block of one prompt was left to write
     assert resumed.read_text() == whole.read_text()
@@ -577,43 +577,4 @@ def test_completion_text_keeps_the_space_of_a_sentencepiece_tokenizer():
         def decode(self, ids, skip_special_tokens):
             return " ".join(f"w{i}" for i in ids)
 
-    assert generate.completion_text(Tokenizer(), [1, 2], [3]) == " w3"
-
-
-# demo
-
-
-def test_demo_stories_are_right_and_repeatable():
-    stories = demo.make_stories(200, seed=3)
-    assert stories.to_list() == demo.make_stories(200, seed=3).to_list()
-    texts = [row["prompt"] + row["completion"] for row in stories]
-    assert all(map(demo.sum_is_right, texts)) and len(set(texts)) > 190
-
-
-@pytest.mark.parametrize(
-    ("story", "expected"),
-    [
-        ("Mia has two red shells. She finds three more in the attic. Now she has five. She is sad.", True),
-        ("Mia has two red shells. She finds three more in the attic. Now she has six. She is sad.", False),
-        ("Ben has six red shells. He gives one of them to Mia. Now he has five. He goes home.", True),
-        ("Ben has six red shells. He gets one more from Mia. Now he has five. He goes home.", False),
-        ("Ben has six red shells. Now he has five.", False),
-        ("Ben has red red shells. He gets one more from Mia. Now he has five.", False),
-    ],
-)
-def test_demo_sum_is_right_counts(story, expected):
-    assert demo.sum_is_right(story) is expected
-
-
-def test_demo_runs_offline_and_saves_the_student(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "TEACHER", demo.Size(32, 1, 2, 1e-3))
-    monkeypatch.setattr(demo, "STUDENT", demo.Size(16, 1, 2, 1e-3))
-    for name, value in {"AMM_STEPS": 2, "TRAIN_STORIES": 64, "TEST_STORIES": 4, "MAX_COMPLETION_LENGTH": 8}.items():
-        monkeypatch.setattr(demo, name, value)
-    values = demo.main(str(tmp_path), seed=0)
-    assert values["teacher"]["student_states/total_variation"] == pytest.approx(0.0, abs=1e-6)
-    assert 0 < values["student before"]["student_states/total_variation"] < 1
-    shown = capsys.readouterr().out
-    for name in ("teacher", "student before", "student after", *demo.COLUMNS.values()):
-        assert name in shown
-    assert changed(str(tmp_path / "before"), tmp_path / "after")
+    assert generation.completion_text(Tokenizer(), [1, 2], [3]) == " w3"

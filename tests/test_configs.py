@@ -11,10 +11,11 @@ import yaml
 from trl import SFTConfig, TrlParser
 
 from trl_kd import AMMConfig, DSKDConfig, KDConfig, SparseTDConfig
+from trl_kd.scripts.eval import EvalArguments
 from trl_kd.scripts.generate import GenerateArguments
 
 
-CONFIGS = [KDConfig, AMMConfig, DSKDConfig, SparseTDConfig, GenerateArguments]
+CONFIGS = [KDConfig, AMMConfig, DSKDConfig, SparseTDConfig, GenerateArguments, EvalArguments]
 
 # field -> (text on the command line, value that is meant). A new field needs a line here.
 EXAMPLES = {
@@ -132,6 +133,28 @@ EXAMPLES = {
     "batch_size": ("3", 3),
     "seed": ("7", 7),
     "num_completions": ("4", 4),
+    "teacher": ("big=some/teacher", "big=some/teacher"),
+    "before": ("some/student", "some/student"),
+    "students": ("one two=2", ["one", "two=2"]),
+    "template": ("story", "story"),
+    "num_prompts": ("50", 50),
+    "metrics": ("rouge_l nll", ["rouge_l", "nll"]),
+    "seeds": ("10 20", [10, 20]),
+    "chat": ("true", True),
+    "model_init_kwargs": ('{"dtype": "bfloat16"}', {"dtype": "bfloat16"}),
+    "run_name": ("first try", "first try"),
+    "store": ("results/all.sqlite", "results/all.sqlite"),
+    "cost": ("true", True),
+    "price_per_hour": ("1.5", 1.5),
+    "harness_tasks": ("arc_easy piqa", ["arc_easy", "piqa"]),
+    "harness_limit": ("20", 20),
+    "judge_url": ("http://localhost:8001/v1", "http://localhost:8001/v1"),
+    "judge_model": ("judge", "judge"),
+    "history": ("true", True),
+    "against": ("3", "3"),
+    "fail_if": ("template nll>0.02", ["template", "nll>0.02"]),
+    "report": ("report.html", "report.html"),
+    "model_card": ("true", True),
 }
 
 # Where two configurations have different fields of one name
@@ -252,9 +275,9 @@ def test_config_fields_are_read_from_yaml(config, tmp_path):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config_command_line_wins_over_yaml(config, tmp_path):
     file = tmp_path / "config.yaml"
-    file.write_text("temperature: 0.5\ntop_k: 3\n")
+    file.write_text("temperature: 0.5\ntop_p: 0.3\n")
     parsed = parse(config, [*base_arguments(config, tmp_path), "--config", str(file), "--temperature", "0.7"])
-    assert (parsed.temperature, parsed.top_k) == (0.7, 3)
+    assert (parsed.temperature, parsed.top_p) == (0.7, 0.3)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

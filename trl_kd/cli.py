@@ -15,7 +15,10 @@ COMMANDS = {
     "sparse-td": "distil a teacher into a student on the teacher's likeliest tokens, also from a cache of them",
     "generate": "let a teacher write the completions for the prompts of a dataset",
     "cache": "write a teacher's likeliest tokens for a dataset to disk, to train without the teacher",
-    "demo": "see all of it on a CPU, offline, on a small teacher made on the spot",
+    "eval": "compare teacher, student before and students after, with error bars, and keep what was found",
+    "report": "one page of what training and evaluation found, to look at in a browser",
+    "bench": "compare methods over seeds at equal student tokens, from one configuration",
+    "demo": "see all of it on a CPU, offline: a small teacher, a student, and the report on both",
 }
 # These go through `accelerate launch` when a launch argument is given.
 TRAINING_COMMANDS = ("amm", "dskd", "sparse-td")
@@ -72,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             launch(script_module(command), launch_arguments, arguments)
             return 0
 
-    importlib.import_module(script_module(command)).run(arguments, prog=f"trl-kd {command}")
-    return 0
+    # Only `eval` has something to say by its status
+    return importlib.import_module(script_module(command)).run(arguments, prog=f"trl-kd {command}") or 0
 
 
 if __name__ == "__main__":
