@@ -10,7 +10,7 @@ install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[quantization,plots,translation,harness,test,quality]"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[quantization,plots,translation,test,quality]"
 	touch $@
 
 # Nothing is downloaded: the demonstration makes its own text, tokenizer and teacher.

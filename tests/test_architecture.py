@@ -33,7 +33,7 @@ COMPAT = "_compat"
 SIBLINGS = {("cli", "scripts"), ("teachers", "generation")}
 
 # Loaded inside the function that needs them: they are slow to import, optional, or both.
-LAZY_ONLY = {"peft", "matplotlib", "wandb", "trackio", "vllm", "bitsandbytes", "deepspeed"}
+LAZY_ONLY = {"peft", "matplotlib", "wandb", "trackio", "vllm", "bitsandbytes", "deepspeed", "lm_eval"}
 
 # The only names under `trl.` that count as public beside those of `trl` itself.
 PUBLIC_TRL_MODELS = {"unwrap_model_for_generation", "prepare_deepspeed", "prepare_fsdp"}

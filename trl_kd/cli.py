@@ -17,7 +17,7 @@ COMMANDS = {
     "cache": "write a teacher's likeliest tokens for a dataset to disk, to train without the teacher",
     "eval": "compare teacher, student before and students after, with error bars, and keep what was found",
     "report": "one page of what training and evaluation found, to look at in a browser",
-    "bench": "compare methods over seeds at equal student tokens, from one configuration",
+    "bench": "compare methods over seeds at equal budgets of student tokens, from one configuration",
     "demo": "see all of it on a CPU, offline: a small teacher, a student, and the report on both",
 }
 # These go through `accelerate launch` when a launch argument is given.

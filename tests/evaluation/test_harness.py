@@ -198,6 +198,8 @@ def test_run_harness_group_and_pattern(folder, model, tokenizer, rows):
     assert result["kd_all"]["metrics"]["acc"]["value"] == pytest.approx((24 * whole + 12 * half) / 36)
     assert result["kd_all"]["version"] == "2"
     assert set(harness(model, tokenizer, folder, ["kd_h*", "kd_half"])) == {"kd_half"}
+    # A group and its members are run once
+    assert harness(model, tokenizer, folder, ["kd_*"]) == result
 
 
 @needs_harness

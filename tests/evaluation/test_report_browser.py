@@ -51,6 +51,26 @@ def hostile_path(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def long_path(tmp_path_factory):
+    """Names and words that no line of a phone holds."""
+    path = tmp_path_factory.mktemp("long") / "report.html"
+    comparison, word = report_cases.usual(), "a_word_without_an_end" * 5
+    samples = report_cases.usual_samples(comparison, 2)
+    for model in comparison.models:
+        samples[f"{model.name}{word}"] = samples.pop(model.name)
+        model.name, model.source = f"{model.name}{word}", word
+    for sample in (sample for rows in samples.values() for sample in rows):
+        sample.prompt, sample.references, sample.tokens[0] = word, [word], word
+        sample.completion = "".join(sample.tokens[:-1])
+    for change in comparison.models[2].changes.values():
+        object.__setattr__(change, "against", comparison.models[1].name)
+    comparison.title = comparison.dataset = word
+    comparison.settings, comparison.versions = {word: word}, {word: word}
+    write_report(comparison, samples, path)
+    return path
+
+
 def show(driver, path, width=1280, dark=False):
     """Open a page as it is first seen on a screen of this width."""
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -280,9 +300,9 @@ def test_browser_text_is_readable_in_light_and_dark(driver, usual_path):
         assert min(driver.execute_script(script)) >= 4.5
 
 
-@pytest.mark.parametrize("name", ["usual", "hostile"])
-def test_browser_page_fits_a_phone(driver, name, usual_path, hostile_path):
-    show(driver, usual_path if name == "usual" else hostile_path, width=380)
+@pytest.mark.parametrize("name", ["usual", "hostile", "long"])
+def test_browser_page_fits_a_phone(driver, name, request):
+    show(driver, request.getfixturevalue(f"{name}_path"), width=380)
     driver.execute_script("document.querySelectorAll('details').forEach((element) => { element.open = true; })")
     assert driver.execute_script("return innerWidth") == 380
     assert driver.execute_script("return document.documentElement.scrollWidth") <= 380

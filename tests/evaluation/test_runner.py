@@ -376,7 +376,8 @@ def test_run_across_vocabularies_each_reads_in_its_own_tokens(across, models, to
             assert sample.values["bits_per_byte"] == pytest.approx((bits, size), rel=1e-9)
             # The teacher judges the text, with an end only if the student ended it
             prompt, text = read_answer(tokenizer, row.prompt, sample.completion, sample.ended)
-            expected = (mean_nll(models["teacher"], prompt, text), len(text)) if sample.completion.strip() else (0, 0)
+            assert sample.completion.strip() or text == [tokenizer.eos_token_id] * sample.ended
+            expected = (mean_nll(models["teacher"], prompt, text), len(text)) if text else (0, 0)
             assert sample.values["own_teacher_nll"] == pytest.approx(expected, rel=1e-9)
             seen[sample.ended] += 1
     assert min(seen[True], seen[False]) > 0
@@ -391,16 +392,19 @@ def test_run_across_vocabularies_compares_bits_and_gap_but_not_nats_per_token(ac
     assert "own_reverse_kl" not in student.estimates and student.estimates["imitation_gap"].value != 0
 
 
-def test_run_across_vocabularies_empty_completions_have_no_likelihood_of_the_teacher(tmp_path, teacher_path):
+def test_run_across_vocabularies_empty_completions_count_by_their_end(tmp_path, teacher_path):
     tokenizer = make_tokenizer(OTHER_TEXT, vocab_size=330)
     # As likely as all other tokens together: of 24 texts, some end at once and some don't
     path = says_eos(tmp_path / "short", tokenizer, math.log(len(tokenizer)))
-    rows, settings = [EvalRow(index, "Fish", ()) for index in range(24)], {"seeds": [0], "metrics": ["length"]}
+    rows = [EvalRow(index, "Fish", ()) for index in range(24)]
+    settings = {"seeds": [0], "metrics": ["length"], "max_completion_length": 1}
     store, number = evaluate(tmp_path / "r.sqlite", pair(teacher_path, path), rows, batch_size=24, **settings)
     empty = {True: [], False: []}
     for sample in store.samples(number, "student", 0):
+        assert sample.ended == (sample.token_ids == [tokenizer.eos_token_id])
         empty[not sample.completion.strip()].append(sample.values["own_teacher_nll"])
-    assert empty[True] and set(empty[True]) == {(0.0, 0.0)}
+    # Of a text without a word the teacher reads the end, one token; it is the same for each
+    assert len(set(empty[True])) == 1 and empty[True][0][0] > 0 and empty[True][0][1] == 1
     assert empty[False] and min(weight for _, weight in empty[False]) > 0
 
 

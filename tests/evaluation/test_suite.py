@@ -54,7 +54,7 @@ def test_suite_measures_exist_and_its_conditions_are_about_them(name):
     assert suite.name == name and suite.description
     assert set(suite.metrics) <= MEASURES.keys()
     assert len(set(suite.metrics)) == len(suite.metrics)
-    assert suite.shown_first == suite.main_metric and suite.main_metric in suite.metrics
+    assert suite.main_metric in suite.metrics
     for text in suite.fail_if:
         condition = parse_condition(text)
         assert condition.metric in suite.metrics
@@ -210,7 +210,7 @@ fail_if: ["rouge_l < -3"]
 """
     suite = load_suite(write(tmp_path, text), {"top_p": 0.9, "seeds": [5], "temperature": None})
     assert (suite.name, suite.top_p, suite.temperature, suite.seeds) == ("own", 0.9, 1.0, (5,))
-    assert suite.shown_first == "rouge_l" and suite.fail_if == ("rouge_l < -3",)
+    assert suite.main_metric is None and suite.fail_if == ("rouge_l < -3",)
     row = {"topic": "foxes", "style": "verse", "good": "x", "better": "y"}
     assert one(row, suite) == EvalRow(0, "Hello, write on foxes in verse:", (" x", " y"))
 

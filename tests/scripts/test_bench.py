@@ -126,6 +126,7 @@ def test_bench_table_and_store_say_what_the_cells_hold(write_config, tmp_path):
     folder, store = tmp_path / "out", tmp_path / "store.sqlite"
     config = write_config(seeds=[3, 5])
     bench(config, folder, "--store", str(store))
+    assert f"```bash\ntrl-kd bench --config {config} " in (folder / "results.md").read_text()
     names = {"teacher", "before", *(f"{method}-{seed}" for method in ("sft", "jsd") for seed in (3, 5))}
     assert {file.stem for file in (folder / "cells").iterdir()} == names
 
@@ -189,6 +190,7 @@ def test_bench_changed_setting_is_refused_and_nothing_lost(write_config, tmp_pat
         ({"leraning_rate": 1.0}, (), "the fields ['leraning_rate'], which do not exist"),
         ({}, ("--workers", "0"), "`--workers` is 0"),
         ({}, ("--config", "nowhere.yaml"), "nowhere.yaml cannot be read"),
+        ({}, ("--store", "/nowhere/results.sqlite"), "/nowhere"),
         ({"training": {"lerning_rate": 1.0}}, (), "['lerning_rate'] are no fields of SFTConfig"),
         ({"method_options": {"jsd": {"beta": 0.5}}}, (), "['beta'] are no fields of KDConfig"),
         ({"evaluation": {"seeds": [0, 1]}}, (), "`seeds` of the evaluation is [0, 1]"),

@@ -14,7 +14,15 @@ from trl_kd.scripts import demo
 def shown(tmp_path_factory):
     """A demonstration of a few steps: its folder, its comparison and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    sizes = {"HIDDEN_SIZE": 16, "LAYERS": 1, "WARM_UP_STEPS": 3, "STEPS": 2, "TRAIN_STORIES": 96, "TEST_STORIES": 6}
+    sizes = {
+        "HIDDEN_SIZE": 16,
+        "LAYERS": 1,
+        "WARM_UP_STEPS": 3,
+        "STEPS": 2,
+        "BATCH_SIZE": 8,
+        "TRAIN_STORIES": 96,
+        "TEST_STORIES": 6,
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in sizes.items():
             patch.setattr(demo, name, value)

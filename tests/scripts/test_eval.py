@@ -262,8 +262,8 @@ def test_eval_condition_that_cannot_be_checked_is_no_success(tmp_path, student_p
     rows = write_rows(tmp_path / "prompts.jsonl", bare())
     models = {"before": student_path, "students": worse_path}
     message = fails_with(capsys, command(rows, tmp_path / "r.sqlite", "--fail_if", "nll > 1%", **models))
-    assert "`fail_if` has 'nll > 1%', but there is no change in `nll` of worse" in message
-    assert ResultStore(tmp_path / "r.sqlite").run(1).finished
+    assert "`fail_if` has 'nll > 1%', but `nll` cannot be measured here" in message
+    assert ResultStore(tmp_path / "r.sqlite").runs() == []  # before any work
 
 
 def test_eval_condition_across_tokenizers_is_checked_per_byte_only(tmp_path, rows_file, student_path, capsys):
@@ -534,7 +534,7 @@ def test_named_tells_name_and_path_apart(text, expected):
 def test_find_suite_puts_the_command_line_over_the_template():
     arguments = {"template": "instruction", "metrics": ["length", "nll"], "temperature": 0.0, "top_p": 0.5}
     suite = script.find_suite(script.EvalArguments(**arguments, max_completion_length=9, chat=True))
-    assert (suite.metrics, suite.shown_first, suite.temperature) == (("length", "nll"), "length", 0.0)
+    assert (suite.metrics, suite.main_metric, suite.temperature) == (("length", "nll"), "length", 0.0)
     # Greedy decoding needs one seed
     assert (suite.seeds, suite.top_p, suite.max_completion_length, suite.chat) == ((0,), 0.5, 9, True)
     assert script.find_suite(script.EvalArguments(template="instruction")).seeds == (10, 20, 30, 40, 50)

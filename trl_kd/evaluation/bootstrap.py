@@ -32,7 +32,7 @@ an interval of length 0, which is no proof that the next prompt is like them: of
 the error rate is below about 3 / P.
 
 In simulations with 30 to 200 prompts, 95 % intervals cover the truth in 93 to 97 % of cases. They do so in 90 to 93 %
-with fewer than 200 prompts of a very long tail (skewness of 6, or weights as uneven), and in 91 to 94 % with three
+with fewer than 200 prompts of a very long tail (skewness of 6, or weights as uneven), and in 90 to 94 % with three
 seeds that differ somewhat while prompts hardly do, since three seeds may agree by chance.
 """
 

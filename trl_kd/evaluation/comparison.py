@@ -187,7 +187,10 @@ class Comparison:
     def sentences(self) -> list[str]:
         """The summary in words: what each student gained and lost, and against what."""
         said = [sentence for model in self.models if model.role == "student" for sentence in self._about(model)]
-        return said or [f"{' and '.join(model.name for model in self.models)}: no student to speak of."]
+        names = " and ".join(model.name for model in self.models)
+        if not self.metrics:
+            return [f"{names}: trained, and not evaluated yet."]
+        return said or [f"{names}: no student to speak of."]
 
     def _about(self, model: ComparedModel) -> list[str]:
         said = [self._main_measure(model)] if self.metrics and self.metrics[0] in model.estimates else []
@@ -243,8 +246,6 @@ class _Measured:
     def __init__(self, store: ResultStore, info: RunInfo):
         self.store, self.info = store, info
         self.teacher = next((model.name for model in info.models if model.role == "teacher"), None)
-        # Seeds of a bench are those of trainings; in an evaluation they only draw texts
-        self.seed_effect = info.kind == "bench"
 
     def values(self, model: str, metric: str) -> Any:
         return self.store.values(self.info.id, model, _DERIVED.get(metric, metric))
@@ -254,8 +255,9 @@ class _Measured:
         if found is None or not found[1].any():
             return None
         if metric in _DERIVED:
-            return difference(found, self.values(self.teacher, metric), seed_effect=self.seed_effect)
-        return estimate(*found, seed_effect=self.seed_effect)
+            return difference(found, self.values(self.teacher, metric), seed_effect=False)
+        # Seeds of a generation only draw texts
+        return estimate(*found, seed_effect=False)
 
 
 def _changes(
@@ -268,7 +270,7 @@ def _changes(
             continue
         if not _is_comparable(one, model, other, against, metric):
             continue
-        found = difference(left, right, seed_effect=one.seed_effect)
+        found = difference(left, right, seed_effect=False)
         base = other.estimate(against, metric).value
         changes[metric] = Change(
             metric,
@@ -281,11 +283,11 @@ def _changes(
 
 
 def _is_comparable(one: _Measured, model: str, other: _Measured, against: str, metric: str) -> bool:
-    """Nats per token say nothing about models that cut texts into other tokens, nor distances to two teachers."""
+    """Counts in tokens say nothing about models that cut texts otherwise, and distances none to two teachers."""
     if metric in TEACHER_MEASURES and metric != "own_entropy":
         teachers = [{entry.weights for entry in run.info.models if entry.role == "teacher"} for run in (one, other)]
         return teachers[0] == teachers[1]
-    if metric != "nll":
+    if metric not in ("nll", "length", "own_entropy"):
         return True
     tokenizers = [
         next(entry.tokenizer for entry in run.info.models if entry.name == name)
@@ -310,7 +312,7 @@ def training_log(source: str) -> list[dict[str, Any]] | None:
 
 def check_same_questions(info: RunInfo, other: RunInfo) -> None:
     """Two runs can be compared if they asked the same questions in the same way."""
-    ignored = ("metrics", "main_metric", "name")
+    ignored = ("metrics", "main_metric", "name", "loading")
     known = sorted((info.settings.keys() | other.settings.keys()) - set(ignored))
     differing = [key for key in known if info.settings.get(key) != other.settings.get(key)]
     if info.data != other.data or differing:
@@ -321,7 +323,7 @@ def check_same_questions(info: RunInfo, other: RunInfo) -> None:
         )
 
 
-def _finished(info: RunInfo) -> RunInfo:
+def finished_evaluation(info: RunInfo) -> RunInfo:
     """The run, if it is a whole evaluation."""
     if info.kind != "eval":
         raise ValueError(
@@ -341,6 +343,7 @@ def compare_run(
     *,
     baseline: str | None = None,
     against: tuple[ResultStore, int | str] | None = None,
+    only_main: bool = False,
 ) -> Comparison:
     r"""
     Estimates, changes and verdicts of one run.
@@ -355,6 +358,8 @@ def compare_run(
         against (`tuple[ResultStore, int or str]`, *optional*):
             A run that changes are measured against instead: each model against the model of the same name there; else
             against its only student.
+        only_main (`bool`, *optional*, defaults to `False`):
+            Whether to look at the main measure alone, which takes a fraction of the time.
 
     Returns:
         [`Comparison`]
@@ -363,12 +368,12 @@ def compare_run(
         ValueError: If there is no such run or model, a run is no finished evaluation, or the other run had other
             prompts or settings.
     """
-    info = _finished(store.run(which))
+    info = finished_evaluation(store.run(which))
     run = _Measured(store, info)
-    metrics = _shown(info)
+    metrics = _shown(info)[: 1 if only_main else None]
     other = None
     if against is not None:
-        other = _Measured(against[0], _finished(against[0].run(against[1])))
+        other = _Measured(against[0], finished_evaluation(against[0].run(against[1])))
         check_same_questions(info, other.info)
     if baseline is None:
         baseline = next((model.name for model in info.models if model.role == "before"), None)

@@ -138,12 +138,16 @@ def _load_tasks(
     manager = TaskManager(
         include_path=None if include_path is None else str(include_path), include_defaults=include_defaults
     )
-    loaded = []
-    for name in dict.fromkeys(match for pattern in names for match in _match(pattern, manager)):
-        parts = _load_task(name, manager)
-        # A group aggregates its tasks, a tag is no more than a list of them
-        group = parts.get("groups", {}).get(name)
-        loaded += list(parts["tasks"].values()) if group is None else [group]
+    names = dict.fromkeys(match for pattern in names for match in _match(pattern, manager))
+    parts = {name: _load_task(name, manager) for name in names}
+    groups = {name: part["groups"][name] for name, part in parts.items() if name in part.get("groups", {})}
+    # A pattern may match a group and its members, which the harness would not run twice
+    inside = {
+        member for name in groups for member in (*parts[name]["groups"], *parts[name]["tasks"]) if member != name
+    }
+    # A tag is no more than a list of tasks
+    tasks = {name: task for part in parts.values() for name, task in part["tasks"].items() if name not in inside}
+    loaded = [group for name, group in groups.items() if name not in inside] + list(tasks.values())
     return loaded, manager
 
 

@@ -86,5 +86,5 @@ MEASURES = TEXT_MEASURES | LIKELIHOOD_MEASURES | TEACHER_MEASURES
 
 
 def measure_of(name: str) -> Measure:
-    """The measure of this name; of a metric of the user's own, where more is taken to be better."""
-    return MEASURES.get(name, Measure(name, "", True, "a metric of your own"))
+    """The measure of this name; of a metric of the user's own, nobody knows which way is better."""
+    return MEASURES.get(name, Measure(name, "", None, "a metric of your own"))

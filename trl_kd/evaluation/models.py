@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trl_kd import _compat
 from trl_kd.data.alignment import TokenBytes
 from trl_kd.data.formatting import row_formatter
 from trl_kd.data.rows import DROPPED
+from trl_kd.evaluation.cost_worker import size_on_disk
 from trl_kd.evaluation.store import ModelEntry
 from trl_kd.evaluation.suite import EvalRow
 from trl_kd.generation import completion_text, eos_token_ids
@@ -25,6 +28,7 @@ from trl_kd.teachers.fingerprint import files_digest, model_digest, tokenizer_di
 
 ROLES = ("teacher", "before", "student", "other")
 _ADAPTER = "adapter_config.json"
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass
@@ -66,6 +70,20 @@ class EvalModel:
                 )
             self.tokenizer = _load_tokenizer(self.name, self.model, self._source())
 
+    @cached_property
+    def folder(self) -> str:
+        """
+        Folder of a model that is given by its name: files that are not on this machine are fetched, so that the digest
+        is that of the weights which are loaded. The name itself where they cannot be had.
+        """
+        if Path(self.model).is_dir():
+            return self.model
+        wanted = {key: value for key, value in self._source().items() if key != "trust_remote_code"}
+        try:
+            return snapshot_download(self.model, allow_patterns=_FILES, **wanted)
+        except (OSError, ValueError):  # said once, when the model is loaded
+            return self.model
+
     def _source(self) -> dict[str, Any]:
         names = ("revision", "token", "trust_remote_code", "cache_dir")
         return {key: value for key, value in self.init_kwargs.items() if key in names}
@@ -73,9 +91,9 @@ class EvalModel:
     def entry(self) -> ModelEntry:
         """What the store keeps of it. Loads no weights of a model that lies on disk."""
         if isinstance(self.model, str):
-            weights = weights_digest(self.model, self.init_kwargs.get("revision"))
-            source, size = self.model, weight_bytes(self.model)
-            parameters = _count_parameters(self.model, self._source())
+            source, weights = self.model, weights_digest(self.folder)
+            size = weight_bytes(self.folder)
+            parameters = _count_parameters(self.folder, self._source())
         else:
             weights, source, size = model_digest(self.model), _compat.config_model_id(self.model), None
             parameters = self.model.num_parameters()
@@ -95,13 +113,13 @@ class EvalModel:
             return self.model
         arguments = {"dtype": "auto"} | self.init_kwargs
         try:
-            if (Path(self.model) / _ADAPTER).is_file():
+            if (Path(self.folder) / _ADAPTER).is_file():
                 from peft import AutoPeftModelForCausalLM
 
-                model = AutoPeftModelForCausalLM.from_pretrained(self.model, **arguments)
+                model = AutoPeftModelForCausalLM.from_pretrained(self.folder, **arguments)
             else:
                 model = AutoModelForCausalLM.from_pretrained(self.model, **arguments)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise ValueError(_not_loaded(self.name, self.model, error)) from error
         _compat.keep_4bit_layout(model)
         if not _compat.is_placed(model):
@@ -155,14 +173,12 @@ def weights_digest(path: str, revision: str | None = None) -> str:
 
 
 def weight_bytes(path: str) -> int | None:
-    """Bytes of the weight files of a folder, with those of the model under an adapter; `None` for a Hub name."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return None
-    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    own = sum(file.stat().st_size for file in files if file.name != "training_args.bin")
+    """Bytes of a model's weight files, with those of the model under an adapter; `None` if they are not here."""
     base = _base_of(path)
-    return own + (weight_bytes(base) or 0) if base is not None else own
+    if base is None:
+        return size_on_disk(path)
+    sizes = [size_on_disk(base), size_on_disk(path, adapter=True)]
+    return None if None in sizes else sum(sizes)
 
 
 def _count_parameters(path: str, source: dict[str, Any]) -> int | None:
@@ -193,6 +209,11 @@ class Reader:
         self.eos_token_ids = [tokenizer.eos_token_id] if model is None else eos_token_ids(model, tokenizer)
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._formatters: dict[bool, Any] = {}
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of tokens that may be written: rows of a padded head beyond it stand for nothing that can be read."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     def _format(self, row: EvalRow, values: Mapping[str, Any]) -> dict[str, Any]:
         """Ids of a prompt, and of what follows it."""
@@ -226,12 +247,15 @@ class Reader:
         return completion_text(self.tokenizer, prompt_ids, completion_ids)
 
     @cached_property
-    def _bytes(self) -> list[bytes]:
-        return TokenBytes(self.tokenizer, self.eos_token_ids).table
+    def _bytes(self) -> list[bytes] | None:
+        try:
+            return TokenBytes(self.tokenizer, self.eos_token_ids).table
+        except ValueError:  # not fast, or with a decoder of its own
+            return None
 
     def pieces(self, completion_ids: Sequence[int]) -> list[str]:
         """What each token shows of the text; a character of several tokens counts for the last of them."""
-        if not self.tokenizer.is_fast:
+        if self._bytes is None:
             return [self.tokenizer.decode([token]) for token in completion_ids]
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return [decoder.decode(self._bytes[token]) for token in completion_ids]

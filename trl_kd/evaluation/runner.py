@@ -1,5 +1,6 @@
 """Evaluation of models on a suite: completions of several seeds, measured, and kept as they come."""
 
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ def _text_metrics(suite: Suite, with_references: bool) -> list[str]:
     return names
 
 
+def _options(name: str, suite: Suite) -> dict[str, Any]:
+    """What a metric is told beside the texts."""
+    return {"pattern": suite.answer_pattern} if name == "exact_match" else {}
+
+
 def _fitting_rows(models: Sequence[EvalModel], rows: Sequence[EvalRow], suite: Suite) -> list[EvalRow]:
     """Rows whose prompt is short enough for every model."""
     if suite.max_prompt_length is None:
@@ -120,6 +126,8 @@ class Evaluation:
     progress: bool = True
 
     def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` is {self.batch_size}, so no batch holds a prompt. Set it to 1 or more.")
         names = [model.name for model in self.models]
         if not names or len(set(names)) < len(names):
             raise ValueError(
@@ -133,19 +141,51 @@ class Evaluation:
         self.models = sorted(self.models, key=lambda model: model.role != "teacher")
         self.with_references = bool(self.rows) and bool(self.rows[0].references)
         self.text_metrics = _text_metrics(self.suite, self.with_references)
+        if not self.measurable():
+            raise ValueError(
+                f"None of the metrics {', '.join(self.suite.metrics)} can be measured: the dataset has "
+                f"{'' if self.with_references else 'no '}references, and there is {'a' if teachers else 'no'} "
+                "teacher. Name others by `metrics`, or give what they need."
+            )
+        self._try_metrics()
         self.rows = _fitting_rows(self.models, self.rows, self.suite)
+
+    def _try_metrics(self) -> None:
+        """Measure the references themselves: what a metric cannot take is found before anything is written."""
+        if self.with_references:
+            references = [list(row.references) for row in self.rows]
+            for name in self.text_metrics:
+                if name not in ("length", "eos_share"):
+                    text_values(name, [texts[0] for texts in references], references, **_options(name, self.suite))
+
+    def measurable(self) -> list[str]:
+        """Metrics of the suite that references and teacher allow; those of token by token need its vocabulary too."""
+        found = list(self.text_metrics)
+        if self.with_references:
+            found += LIKELIHOOD_MEASURES
+        if any(model.role == "teacher" for model in self.models):
+            found += [name for name in TEACHER_MEASURES if self.with_references or name not in _DATA]
+        return [name for name in self.suite.metrics if name in found]
 
     def begin(self, store: ResultStore) -> Run:
         """The run in the store: a new one, or one that was cut off."""
         return store.begin(
             "eval",
             self.name or self.suite.name,
-            settings=self.suite.settings() | {"batch_size": self.batch_size},
+            settings=self.suite.settings() | {"batch_size": self.batch_size, "loading": self._loading()},
             data=digest_of(self.rows),
             dataset=self.dataset,
             models=[model.entry() for model in self.models],
             versions=library_versions(),
         )
+
+    def _loading(self) -> dict[str, dict[str, str]]:
+        """How each model is loaded, as far as that decides what it writes."""
+        hidden = ("token", "cache_dir")
+        return {
+            model.name: {key: str(value) for key, value in model.init_kwargs.items() if key not in hidden}
+            for model in self.models
+        }
 
     def run(self, run: Run) -> None:
         r"""
@@ -170,6 +210,18 @@ class Evaluation:
                     examined.teacher = examined
                 _examine(self, examined, run, bar)
                 del examined
+                _free_memory()
+        if teacher is not None:
+            teacher.teacher = None  # it stands for itself there, which would keep it in memory
+        del teacher
+        _free_memory()
+
+
+def _free_memory() -> None:
+    """Give a model's memory back, to this process and to those that measure what serving takes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -189,7 +241,10 @@ class _Examined:
     @cached_property
     def positions(self) -> int:
         """Number of tokens that it was made for."""
-        return context_length(self.model.config) or sys.maxsize
+        own = context_length(self.model.config) or sys.maxsize
+        if self.teacher in (None, self) or not self.shares_vocabulary:
+            return own
+        return min(own, self.teacher.positions)
 
     @cached_property
     def shares_vocabulary(self) -> bool:
@@ -271,7 +326,9 @@ def _write(task: Evaluation, examined: _Examined, batch: Sequence[EvalRow], seed
     sampling = Sampling(suite.max_completion_length, suite.temperature, suite.top_p, suite.top_k)
     try:
         completions = generate_completions(
-            examined.model, prompts, sampling, reader.pad_token_id, reader.eos_token_ids, seed=noise
+            *(examined.model, prompts, sampling, reader.pad_token_id, reader.eos_token_ids),
+            seed=noise,
+            vocab_size=reader.vocab_size,
         )
     except RuntimeError as error:
         if "probability tensor contains" in str(error):  # NaN that only some text leads to
@@ -338,11 +395,15 @@ def _compare_own(
             sample.values |= {name: (mean.item(), len(sample.token_ids)) for name, mean in means.items()}
             sample.divergence = [round(value, 4) for value in values["total_variation"].tolist()]
         return
-    # The teacher reads the text in tokens of its own; what is empty leaves it nothing but the end
+    # The teacher reads the text in tokens of its own; what is empty is nothing but an end
     for row, sample in zip(batch, samples, strict=True):
         sample.values["own_teacher_nll"] = (0.0, 0)
         if sample.completion.strip():
             prompt, ids = teacher.reader.answer(row, sample.completion, sample.ended)
+        else:
+            prompt, ids = teacher.reader.prompt(row), teacher.reader.eos_token_ids[:1] * sample.ended
+        ids = ids[: max(0, teacher.positions - len(prompt))]
+        if ids:
             (values,) = likelihood_rows(teacher.model, [prompt], [ids], batch_size=1)
             mean = _checked(teacher.name, row.index, values).mean().item()
             sample.values["own_teacher_nll"] = (mean, len(ids))
@@ -366,8 +427,7 @@ def _measure_texts(task: Evaluation, examined: _Examined, samples: Sequence[Samp
         elif name == "eos_share":
             values = [100.0 * sample.ended for sample in samples]
         else:
-            options = {"pattern": task.suite.answer_pattern} if name == "exact_match" else {}
-            values = text_values(name, predictions, references, **options)
+            values = text_values(name, predictions, references, **_options(name, task.suite))
         for sample, value in zip(samples, values, strict=True):
             sample.values[name] = (value, 1.0)
 

@@ -107,6 +107,7 @@ class Suite:
                 f"`seeds` of the suite '{self.name}' is {list(self.seeds)}, where one seed would be counted twice. "
                 "Give different ones."
             )
+        self._check_numbers()
         for condition in self.fail_if:
             parse_condition(condition)
         if self.temperature == 0.0 and len(self.seeds) > 1:
@@ -115,16 +116,31 @@ class Suite:
                 "would all write the same. Give one seed, or a temperature."
             )
 
-    @property
-    def shown_first(self) -> str:
-        """Name of the main metric."""
-        return self.main_metric or self.metrics[0]
+    def _check_numbers(self) -> None:
+        """Refuse what `generate` would stumble over after the references have been read."""
+        whole = {"max_completion_length": 1, "top_k": 0, "max_prompt_length": 1}
+        bad = [name for name, least in whole.items() if not _is_at_least(getattr(self, name), least, int)]
+        bad += [name for name in ("temperature",) if not _is_at_least(getattr(self, name), 0, (int, float))]
+        if not _is_at_least(self.top_p, 0, (int, float)) or not 0 < self.top_p <= 1:
+            bad.append("top_p")
+        bad += ["seeds"] * any(not _is_at_least(seed, 0, int) for seed in self.seeds)
+        if bad:
+            found = ", ".join(f"`{name}` {getattr(self, name)!r}" for name in bad)
+            raise ValueError(
+                f"The suite '{self.name}' has {found}, with which nothing can be written. Lengths are whole numbers "
+                "from 1, `top_p` is a share above 0, `temperature`, `top_k` and seeds are not negative."
+            )
 
     def settings(self) -> dict[str, Any]:
         """All that decides what is measured, for JSON."""
         settings = asdict(self)
         del settings["fail_if"], settings["description"]
         return json.loads(json.dumps(settings))
+
+
+def _is_at_least(value: Any, least: float, kind: Any) -> bool:
+    """Whether a value is a number of this kind that can be used; `None` stands for no limit."""
+    return value is None or (isinstance(value, kind) and not isinstance(value, bool) and value >= least)
 
 
 def load_suite(name: str, changes: Mapping[str, Any] | None = None) -> Suite:
@@ -235,6 +251,8 @@ def read_rows(dataset: "Dataset", suite: Suite, num_prompts: int | None = None) 
             f"looks for {wanted + ', else for ' if wanted else ''}`prompt` or `messages`. Rename a column, or give a "
             "suite whose `prompt` template uses those that there are."
         )
+    if num_prompts is not None and num_prompts < 1:
+        raise ValueError(f"`num_prompts` is {num_prompts}, so nothing would be asked. Set it to 1 or more.")
     count = len(dataset) if num_prompts is None else min(num_prompts, len(dataset))
     if not count:
         raise ValueError("The dataset has no rows, so there is no prompt to answer. Pass one that has.")

@@ -255,7 +255,7 @@ def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> None
                 f"The bench was started on {ranks} ranks, but each cell runs on one: TRL's GKD divides its loss by "
                 "the number of ranks. Start it without a launcher, with `--workers` for several cells at a time."
             )
-        _run(args, shlex.join([parser.prog, *arguments]))
+        _run(args, f"{parser.prog} {shlex.join(arguments)}")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
@@ -275,6 +275,10 @@ def _run(args: Any, command: str) -> None:
     console.width = max(console.width, 160)
     folder = Path(args.output_dir)
     with _only_one(folder):
+        if args.store is not None:
+            from trl_kd.evaluation.store import ResultStore
+
+            ResultStore(args.store)  # better refused now than after all cells
         cells, reasons = run_bench(config, folder, args.workers, console)
 
         from trl_kd.scripts.bench_table import Results, add_to_store

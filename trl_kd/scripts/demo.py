@@ -29,15 +29,14 @@ TEACHER = Path(__file__).with_name("demo_teacher")
 
 # Half of the teacher's width and depth
 HIDDEN_SIZE, LAYERS = 64, 2
-WARM_UP_STEPS, WARM_UP_RATE = 300, 4e-3
-STEPS, LEARNING_RATE = 200, 2e-3
-BATCH_SIZE = 32
+WARM_UP_STEPS, WARM_UP_RATE, WARM_UP_BATCH = 500, 5e-3, 32
+STEPS, LEARNING_RATE, BATCH_SIZE = 240, 2e-3, 16
 MAX_COMPLETION_LENGTH = 48
-TRAIN_STORIES, TEST_STORIES = 8000, 120
+TRAIN_STORIES, TEST_STORIES = 12000, 120
 SEEDS = (0, 1)
 
 METRICS = (
-    *("exact_match", "own_total_variation", "total_variation", "own_reverse_kl", "imitation_gap", "own_entropy"),
+    *("own_total_variation", "exact_match", "total_variation", "own_reverse_kl", "imitation_gap", "own_entropy"),
     *("nll", "bits_per_byte", "rouge_l", "eos_share"),
 )
 
@@ -62,13 +61,13 @@ def make_student(tokenizer: "PreTrainedTokenizerBase", seed: int) -> "LlamaForCa
     return LlamaForCausalLM(config)
 
 
-def training_settings(folder: str, steps: int, learning_rate: float, seed: int) -> dict[str, Any]:
+def training_settings(folder: str, steps: int, learning_rate: float, batch_size: int, seed: int) -> dict[str, Any]:
     """What fine-tuning and distillation have in common."""
     return {
         "output_dir": folder,
         "max_steps": steps,
         "learning_rate": learning_rate,
-        "per_device_train_batch_size": BATCH_SIZE,
+        "per_device_train_batch_size": batch_size,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, steps // 2),
         "logging_steps": max(1, steps // 40),
@@ -81,9 +80,9 @@ def training_settings(folder: str, steps: int, learning_rate: float, seed: int) 
     }
 
 
-def train(trainer: Any, folder: str) -> None:
+def train(trainer: Any) -> None:
     """Train with a bar and without a line for each log entry; save the model with its log, which the report shows."""
-    from transformers import ProgressCallback
+    from transformers import PrinterCallback, ProgressCallback
 
     class Bar(ProgressCallback):
         """The bar alone."""
@@ -91,40 +90,38 @@ def train(trainer: Any, folder: str) -> None:
         def on_log(self, *arguments: Any, **options: Any) -> None:
             """Leave the terminal as it is."""
 
-    trainer.remove_callback(ProgressCallback)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
     trainer.add_callback(Bar)
     trainer.train()
-    trainer.save_model(folder)
+    trainer.save_model()
     trainer.save_state()
 
 
-def fine_tune(
-    model: Any, stories: "Dataset", tokenizer: Any, folder: str, steps: int, learning_rate: float, seed: int
-) -> None:
+def fine_tune(model: Any, stories: "Dataset", tokenizer: Any, settings: dict[str, Any]) -> None:
     """Plain supervised fine-tuning on the stories."""
     from trl import SFTConfig, SFTTrainer
 
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**training_settings(folder, steps, learning_rate, seed)),
+        args=SFTConfig(**settings),
         train_dataset=stories,
         processing_class=tokenizer,
     )
-    train(trainer, folder)
+    train(trainer)
 
 
-def distil(student: str, stories: "Dataset", folder: str, seed: int) -> None:
+def distil(student: str, stories: "Dataset", settings: dict[str, Any]) -> None:
     """Adversarial moment matching, half on the stories and half on the student's own."""
     from trl_kd import AMMConfig, AMMTrainer
 
-    settings = training_settings(folder, STEPS, LEARNING_RATE, seed)
     trainer = AMMTrainer(
         model=student,
         teacher_model=str(TEACHER),
         args=AMMConfig(**settings, max_completion_length=MAX_COMPLETION_LENGTH),
         train_dataset=stories,
     )
-    train(trainer, folder)
+    train(trainer)
 
 
 def evaluate(folder: Path, models: dict[str, tuple[str, str]], stories: "Dataset") -> "Comparison":
@@ -152,7 +149,7 @@ def evaluate(folder: Path, models: dict[str, tuple[str, str]], stories: "Dataset
     with task.begin(store) as run:
         task.run(run)
         for name, (path, _) in models.items():
-            run.set_details(name, "cost", measure_cost(path, dtype="float32", threads=1, **QUICK))
+            run.set_details(name, "cost", measure_cost(path, dtype="float32", device="cpu", threads=1, **QUICK))
         run.finish()
     comparison = compare_run(store, run.id)
     samples = {name: store.samples(run.id, name, SEEDS[0]) for name in models}
@@ -191,13 +188,14 @@ def main(folder: Path, seed: int) -> "Comparison":
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
 
     before, tuned, after = (str(folder / name) for name in ("before", "fine-tuned", "distilled"))
+    budget = (STEPS, LEARNING_RATE, BATCH_SIZE, seed)
     say("Training a student from random weights by plain fine-tuning")
-    student = make_student(tokenizer, seed)
-    fine_tune(student, stories, tokenizer, before, WARM_UP_STEPS, WARM_UP_RATE, seed)
+    warm_up = training_settings(before, WARM_UP_STEPS, WARM_UP_RATE, WARM_UP_BATCH, seed)
+    fine_tune(make_student(tokenizer, seed), stories, tokenizer, warm_up)
     say("Distilling it with AMM: half of the rows are stories of its own")
-    distil(before, stories, after, seed)
+    distil(before, stories, training_settings(after, *budget))
     say("For comparison, as many steps of plain fine-tuning")
-    fine_tune(before, stories, tokenizer, tuned, STEPS, LEARNING_RATE, seed)
+    fine_tune(before, stories, tokenizer, training_settings(tuned, *budget))
     say("Comparing them with the teacher, and measuring what each costs to serve")
     models = {
         "teacher": (str(TEACHER), "teacher"),

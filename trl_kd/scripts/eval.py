@@ -8,8 +8,12 @@ trl-kd eval --teacher Qwen/Qwen2.5-1.5B-Instruct --before Qwen/Qwen2.5-0.5B-Inst
 """
 
 import json
+import shlex
+import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trl import TrlParser
 
-    from trl_kd.evaluation import Comparison, EvalModel, Evaluation, ResultStore, Run, Suite
+    from trl_kd.evaluation import Comparison, EvalModel, Evaluation, ResultStore, Suite
 
 
 DESCRIPTION = """\
@@ -205,6 +209,19 @@ def check_arguments(args: EvalArguments) -> None:
         raise ValueError("There is no model to evaluate. Pass `--students`, `--before` or `--teacher`.")
     if (args.judge_url is None) != (args.judge_model is None):
         raise ValueError("A judge is an endpoint and a model there. Pass both `--judge_url` and `--judge_model`.")
+    if args.judge_url is not None and not (args.before or args.teacher):
+        raise ValueError(
+            "A judge compares students with `before`, or with the teacher, but there is neither. Pass `--before`."
+        )
+    if args.price_per_hour is not None and args.price_per_hour < 0:
+        raise ValueError(f"`price_per_hour` is {args.price_per_hour}. Nobody is paid for it: set it to 0 or more.")
+    if args.harness_tasks and find_spec("lm_eval") is None:
+        raise ValueError(
+            "`harness_tasks` need lm-evaluation-harness, which is not installed. Install the extra: "
+            "`pip install trl_kd[harness]`."
+        )
+    if args.fail_if and not args.students:
+        raise ValueError(f"`fail_if` is {args.fail_if}, but there is no student to judge. Pass `--students`.")
     if args.fail_if and args.before is None and args.against is None:
         raise ValueError(
             f"`fail_if` is {args.fail_if}, but there is nothing that changes could be measured against. Pass "
@@ -256,7 +273,23 @@ def find_conditions(args: EvalArguments, suite: "Suite") -> list[Any]:
                 f"`fail_if` has '{condition}', but `{condition.metric}` is not measured: the metrics are "
                 f"{', '.join(suite.metrics)}. Name one of these, or add it by `--metrics`."
             )
+    if args.fail_if and not conditions:
+        raise ValueError(
+            "`fail_if` is `template`, but the template has no conditions, so nothing could ever fail. Write some "
+            "under `fail_if` in it, or on the command line."
+        )
     return conditions
+
+
+def check_conditions(conditions: Sequence[Any], task: "Evaluation") -> None:
+    """Refuse conditions on what this data and these models do not allow to measure."""
+    measurable = task.measurable()
+    for condition in conditions:
+        if condition.metric not in measurable:
+            raise ValueError(
+                f"`fail_if` has '{condition}', but `{condition.metric}` cannot be measured here: it needs references "
+                "or a teacher that there are not. Give them, or leave the condition out."
+            )
 
 
 def find_dataset(args: EvalArguments) -> Any:
@@ -266,58 +299,6 @@ def find_dataset(args: EvalArguments) -> Any:
     splits = load_splits(args.dataset_name, config=args.dataset_config)
     split = args.dataset_split or ("test" if "test" in splits or len(splits) > 1 else next(iter(splits)))
     return select_split(splits, split, "dataset_split")
-
-
-def add_costs(args: EvalArguments, task: "Evaluation", run: "Run", store: "ResultStore") -> None:
-    """Measure what each model costs, one after the other, with nothing else running."""
-    from trl_kd.evaluation import measure_cost
-
-    for model in task.models:
-        if store.details(run.id, model.name, "cost") is None:
-            cost = measure_cost(model.model, model_init_kwargs=model.init_kwargs, price_per_hour=args.price_per_hour)
-            run.set_details(model.name, "cost", cost)
-
-
-def add_harness(args: EvalArguments, task: "Evaluation", run: "Run", store: "ResultStore") -> None:
-    """Run tasks of lm-evaluation-harness on each model."""
-    from trl_kd.evaluation import run_harness
-
-    for model in task.models:
-        if store.details(run.id, model.name, "harness") is None:
-            found = run_harness(
-                model.load(), model.tokenizer, args.harness_tasks, limit=args.harness_limit, batch_size=args.batch_size
-            )
-            run.set_details(model.name, "harness", found)
-
-
-def add_judgement(args: EvalArguments, task: "Evaluation", run: "Run", store: "ResultStore") -> None:
-    """Let a judge prefer the texts of each student or those of the baseline, on the first seed."""
-    from trl_kd.evaluation import Judge, Preference, estimate, judge_pairs, preference_summary
-
-    baseline = next(
-        (model.name for role in ("before", "teacher") for model in task.models if model.role == role), None
-    )
-    if baseline is None:
-        return
-    judge, seed = Judge(args.judge_url, args.judge_model), task.suite.seeds[0]
-    other = store.samples(run.id, baseline, seed)
-    for model in task.models:
-        if model.name == baseline or model.role == "teacher":
-            continue
-        kept = [Preference.from_dict(row) for row in store.details(run.id, model.name, "judge_pairs") or []]
-        own = store.samples(run.id, model.name, seed)
-
-        def keep(preference: Preference, name: str = model.name, kept: list[Preference] = kept) -> None:
-            kept.append(preference)
-            run.set_details(name, "judge_pairs", [each.to_dict() for each in kept])
-
-        texts = ([s.prompt for s in own], [s.completion for s in own], [s.completion for s in other])
-        found = judge_pairs(judge, *texts, references=[s.references for s in own], done=kept, on_result=keep)
-        wins = estimate([[each.value for each in found]], [[1.0] * len(found)])
-        interval = {"against": baseline, "low": wins.low, "high": wins.high}
-        if len(found) < 2:  # no interval
-            interval |= {"low": None, "high": None}
-        run.set_details(model.name, "judge", preference_summary(found) | interval | {"settings": judge.settings()})
 
 
 def violated(comparison: "Comparison", conditions: Sequence[Any]) -> list[str]:
@@ -343,7 +324,7 @@ def violated(comparison: "Comparison", conditions: Sequence[Any]) -> list[str]:
 
 
 def show_history(path: str) -> None:
-    """All runs of a store, newest last."""
+    """All evaluations of a store, newest last, with their main measure."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -356,28 +337,27 @@ def show_history(path: str) -> None:
     for title in ("run", "date", "name", "dataset", "model", "weights", "main metric", "value"):
         table.add_column(title, justify="right" if title == "value" else "left")
     for info in store.runs():
-        if info.kind != "eval":
+        start = (str(info.id), info.created[:16], info.name, info.dataset)
+        if info.kind != "eval" or info.finished is None:
+            table.add_row(*map(escape, (*start, "(not finished)" if info.kind == "eval" else f"({info.kind})")))
             continue
-        if info.finished is None:
-            table.add_row(*map(escape, (str(info.id), info.created[:16], info.name, info.dataset, "(not finished)")))
-            continue
-        comparison = compare_run(store, info.id)
-        measure = measure_of(comparison.metrics[0])
+        comparison = compare_run(store, info.id, only_main=True)
         for model in comparison.models:
-            value = model.estimates.get(comparison.metrics[0])
-            shown = "" if value is None else with_error(value, measure.digits)
-            cells = (info.name, info.dataset, model.name, model.weights[:10], measure.title, shown)
-            table.add_row(str(info.id), info.created[:16], *map(escape, cells))
+            for name, value in model.estimates.items():
+                measure = measure_of(name)
+                cells = (model.name, model.weights[:10], measure.title, with_error(value, measure.digits))
+                table.add_row(*map(escape, (*start, *cells)))
     Console(width=140).print(table)
 
 
-def main(args: EvalArguments) -> int:
+def main(args: EvalArguments, command: str | None = None) -> int:
     """Evaluate, compare, show and keep; the exit status says whether a condition was violated."""
     import transformers
     from rich.console import Console
 
-    from trl_kd.evaluation import Evaluation, ResultStore, compare_run, read_rows
-    from trl_kd.evaluation.comparison import check_same_questions
+    from trl_kd.evaluation import Evaluation, Judge, ResultStore, compare_run, read_rows
+    from trl_kd.evaluation.comparison import check_same_questions, finished_evaluation
+    from trl_kd.scripts.eval_details import add_costs, add_harness, add_judgement
 
     if args.history:
         show_history(args.store)
@@ -385,20 +365,22 @@ def main(args: EvalArguments) -> int:
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
     suite = find_suite(args)
     conditions = find_conditions(args, suite)
+    judge = None if args.judge_url is None else Judge(args.judge_url, args.judge_model)
     store = ResultStore(args.store)
-    other = None if args.against is None else store.run(args.against)
+    other = None if args.against is None else finished_evaluation(store.run(args.against))
     rows = read_rows(find_dataset(args), suite, args.num_prompts)
     task = Evaluation(find_models(args), rows, suite, Path(args.dataset_name).name, args.run_name, args.batch_size)
+    check_conditions(conditions, task)
     with task.begin(store) as run:
         if other is not None:
             check_same_questions(store.run(run.id), other)
         task.run(run)
         if args.cost:
-            add_costs(args, task, run, store)
+            add_costs(task, run, store, args.price_per_hour)
         if args.harness_tasks:
-            add_harness(args, task, run, store)
-        if args.judge_url is not None:
-            add_judgement(args, task, run, store)
+            add_harness(task, run, store, args.harness_tasks, args.harness_limit)
+        if judge is not None:
+            add_judgement(task, run, store, judge)
         run.finish()
     comparison = compare_run(store, run.id, against=None if other is None else (store, other.id))
     console = Console(width=None if Console().is_terminal else 140)
@@ -406,21 +388,23 @@ def main(args: EvalArguments) -> int:
     for sentence in comparison.sentences():
         console.print(sentence, highlight=False, markup=False)
     console.print(f"Run {run.id} in {args.store}.", highlight=False, markup=False)
-    share(args, task, comparison, store)
+    share(args, task, comparison, store, command)
     regressions = violated(comparison, conditions)
     for regression in regressions:
         console.print(f"Regression: {regression}", style="bold red", highlight=False, markup=False)
     return 1 if regressions else 0
 
 
-def share(args: EvalArguments, task: "Evaluation", comparison: "Comparison", store: "ResultStore") -> None:
+def share(
+    args: EvalArguments, task: "Evaluation", comparison: "Comparison", store: "ResultStore", command: str | None
+) -> None:
     """The report and the model cards, if they are wanted."""
     from trl_kd.evaluation import update_model_card, write_report
 
     if args.report is not None:
         seed = comparison.seeds[0]
         samples = {model.name: store.samples(comparison.run_id, model.name, seed) for model in comparison.models}
-        write_report(comparison, samples, args.report)
+        write_report(comparison, samples, args.report, command=command)
         print(f"Report: {Path(args.report).absolute()}")
     for model in task.models if args.model_card else ():
         if model.role == "student" and Path(model.model).is_dir():
@@ -449,12 +433,16 @@ def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     from trl_kd.scripts.arguments import parse_options
 
     parser = make_parser(prog)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     args = parse_options(parser, arguments, check=check_arguments)
     try:
-        return main(*args)
+        return main(*args, command=shlex.join([parser.prog, *arguments]))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         # Status 1 is for a regression
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except Exception:
+        traceback.print_exc()
+        return 2
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from trl_kd.evaluation import Comparison, ResultStore, Sample
+    from trl_kd.evaluation import Comparison, ResultStore, RunInfo, Sample
 
 
 DESCRIPTION = """\
@@ -53,6 +53,17 @@ def training_alone(folder: str) -> "Comparison":
     return Comparison(0, model.name, "not evaluated yet", "", {}, {}, [], [model], 0, [])
 
 
+def check_same_measure(info: "RunInfo", first: "RunInfo") -> None:
+    """Students of two evaluations stand in one table only if both measured against the same models."""
+    known = {model.role: model.weights for model in first.models}
+    others = {model.role: model.weights for model in info.models}
+    if any(known.get(role, others.get(role)) != others.get(role, known.get(role)) for role in ("teacher", "before")):
+        raise ValueError(
+            f"Runs {first.id} and {info.id} have another teacher or another student before distillation, so their "
+            "distances and changes mean different things. Evaluate all students in one `trl-kd eval`."
+        )
+
+
 def collect(store: "ResultStore | None", args: Namespace) -> "tuple[Comparison, dict[str, list[Sample]]]":
     """The models of the first evaluation and the students of the others, with their responses to the first seed."""
     from trl_kd.evaluation import compare_run
@@ -73,6 +84,7 @@ def collect(store: "ResultStore | None", args: Namespace) -> "tuple[Comparison, 
     samples = {model.name: store.samples(first, model.name, seed) for model in comparison.models}
     for number in others:
         check_same_questions(store.run(number), store.run(first))
+        check_same_measure(store.run(number), store.run(first))
         for model in compare_run(store, number).models:
             is_known = any(model.weights == known.weights for known in comparison.models)
             if model.role in ("student", "other") and not is_known:
