@@ -483,7 +483,7 @@ def num_samples(store: Path) -> int:
 
 def test_eval_killed_in_its_second_seed_goes_on_and_ends_as_if_it_had_not_been(tmp_path, student_path, monkeypatch):
     rows = write_rows(tmp_path / "rows.jsonl", ROWS * 3)
-    options = {"students": student_path, "batch_size": 1, "max_completion_length": 40, "seeds": "3 8"}
+    options = {"students": student_path, "batch_size": 1, "max_completion_length": 24, "seeds": "3 8"}
     arguments = command(rows, tmp_path / "r.sqlite", **options)
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "trl_kd.cli", *arguments],

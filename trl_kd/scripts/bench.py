@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -34,30 +33,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from trl_kd.scripts.bench_cells import Bench
-    from trl_kd.scripts.bench_config import BenchConfig
+    from trl_kd.scripts.bench_config import BenchConfig, Cell
 
 
 # What a worker process keeps from cell to cell
 _BENCH: "list[Bench]" = []
-
-TEACHER, BEFORE = "teacher", "before"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A model to be judged: a method's of a seed, the teacher, or the student before."""
-
-    name: str
-    seed: int | None = None
-
-    @property
-    def key(self) -> str:
-        """Name of its file."""
-        return self.name if self.seed is None else f"{self.name}-{self.seed}"
-
-    def file(self, folder: Path) -> Path:
-        """Where its result is."""
-        return folder / "cells" / f"{self.key}.json"
 
 
 def _end_with_parent() -> None:
@@ -91,8 +71,9 @@ def _start_worker(config: "BenchConfig", folder: str, is_process: bool) -> None:
     _BENCH[:] = [Bench(config, folder)]
 
 
-def _prepare(cells: Sequence[Cell]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+def _prepare(cells: "Sequence[Cell]") -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Make the student; the reasons against methods, and what each cell must have been made with."""
+    from trl_kd.scripts.bench_config import BEFORE, TEACHER
     from trl_kd.scripts.bench_methods import METHODS
 
     (bench,) = _BENCH
@@ -107,7 +88,7 @@ def _prepare(cells: Sequence[Cell]) -> tuple[dict[str, str], dict[str, dict[str,
     return reasons, {name: bench.identity_of(name) for name in names}
 
 
-def _make(cell: Cell) -> Cell:
+def _make(cell: "Cell") -> "Cell":
     """Make one cell."""
     from trl_kd.scripts.bench_cells import run_cell
 
@@ -147,7 +128,7 @@ def _workers(config: "BenchConfig", folder: str, number: int) -> Iterator[Execut
         pool.shutdown(cancel_futures=True)
 
 
-def _unfinished(cells: Sequence[Cell], folder: Path, settings: dict[str, dict[str, Any]]) -> list[Cell]:
+def _unfinished(cells: "Sequence[Cell]", folder: Path, settings: dict[str, dict[str, Any]]) -> "list[Cell]":
     """Cells that have no result yet; those that have one must have been made with the same settings."""
     import json
 
@@ -166,7 +147,7 @@ def _unfinished(cells: Sequence[Cell], folder: Path, settings: dict[str, dict[st
 
 def run_bench(
     config: "BenchConfig", folder: Path, workers: int, console: "Console"
-) -> tuple[list[Cell], dict[str, str]]:
+) -> "tuple[list[Cell], dict[str, str]]":
     r"""
     Make all cells that are not there.
 
@@ -188,6 +169,8 @@ def run_bench(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from trl_kd.scripts.bench_config import BEFORE, TEACHER, Cell
+
     # Seed by seed: a table of all methods can be made early
     cells = [Cell(name, seed) for seed in config.seeds for name in config.methods]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -203,7 +186,7 @@ def run_bench(
             progress.advance(bar)
         progress.update(bar, description="Cells")
         if workers == 1:
-            finished: Iterator[Cell] = map(_make, missing)
+            finished: Iterator[Any] = map(_make, missing)
         else:
             finished = (future.result() for future in as_completed([pool.submit(_make, cell) for cell in missing]))
         for cell in finished:

@@ -13,6 +13,24 @@ from trl_kd.scripts.bench_methods import METHODS
 DEFAULT_CONFIG = Path(__file__).with_name("bench.yaml")
 DEMO_TEACHER = Path(__file__).with_name("demo_teacher")
 DEMO, STORIES = "demo", "stories"
+TEACHER, BEFORE = "teacher", "before"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model to be judged: a method's of a seed, the teacher, or the student before."""
+
+    name: str
+    seed: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of its file."""
+        return self.name if self.seed is None else f"{self.name}-{self.seed}"
+
+    def file(self, folder: Path) -> Path:
+        """Where its result is."""
+        return folder / "cells" / f"{self.key}.json"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ import numpy as np
 
 from trl_kd.evaluation.bootstrap import difference, verdict
 from trl_kd.evaluation.measures import Measure, measure_of
-from trl_kd.scripts.bench import BEFORE, TEACHER, Cell
-from trl_kd.scripts.bench_config import BenchConfig
+from trl_kd.scripts.bench_config import BEFORE, TEACHER, BenchConfig, Cell
 from trl_kd.scripts.bench_methods import METHODS
 
 
