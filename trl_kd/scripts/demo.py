@@ -29,7 +29,7 @@ TEACHER = Path(__file__).with_name("demo_teacher")
 
 # Half of the teacher's width and depth
 HIDDEN_SIZE, LAYERS = 64, 2
-WARM_UP_STEPS, WARM_UP_RATE, WARM_UP_BATCH = 500, 5e-3, 32
+WARM_UP_STEPS, WARM_UP_RATE, WARM_UP_BATCH = 600, 5e-3, 32
 STEPS, LEARNING_RATE, BATCH_SIZE = 240, 2e-3, 16
 MAX_COMPLETION_LENGTH = 48
 TRAIN_STORIES, TEST_STORIES = 12000, 120
@@ -118,7 +118,8 @@ def distil(student: str, stories: "Dataset", settings: dict[str, Any]) -> None:
     trainer = AMMTrainer(
         model=student,
         teacher_model=str(TEACHER),
-        args=AMMConfig(**settings, max_completion_length=MAX_COMPLETION_LENGTH),
+        # The critic with a penalty costs less likelihood than `exact`, which is total variation
+        args=AMMConfig(**settings, critic="exact_penalised", max_completion_length=MAX_COMPLETION_LENGTH),
         train_dataset=stories,
     )
     train(trainer)
