@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
-from trl_kd._compat import is_placed
+from trl_kd._compat import context_length, is_placed
 
 
 # Arguments of `from_pretrained` that say where a model's files are
@@ -173,9 +173,7 @@ def _not_loaded(path: str, error: Exception) -> str:
 
 
 def _check_positions(path: str, config: Any, needed: int) -> None:
-    text = config.get_text_config()
-    name = "max_position_embeddings"
-    positions = text.to_dict().get(text.attribute_map.get(name, name))
+    positions = context_length(config)
     if isinstance(positions, int) and 0 < positions < needed:
         raise _Refusal(
             f"`prompt_length` and `new_tokens` make {needed} tokens, but `{path}` has {positions} positions. Make "

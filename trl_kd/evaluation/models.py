@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,25 @@ from trl_kd.data.formatting import row_formatter
 from trl_kd.data.rows import DROPPED
 from trl_kd.evaluation.cost_worker import size_on_disk
 from trl_kd.evaluation.store import ModelEntry
+from trl_kd.evaluation.store_rows import ROLES
 from trl_kd.evaluation.suite import EvalRow
 from trl_kd.generation import completion_text, eos_token_ids
 from trl_kd.teachers.fingerprint import files_digest, model_digest, tokenizer_digests
 
 
-ROLES = ("teacher", "before", "student", "other")
 _ADAPTER = "adapter_config.json"
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide what is measured."""
+    versions = {}
+    for name in ("trl_kd", "torch", "transformers", "peft", "evaluate", "rouge-score", "tokenizers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 @dataclass

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from math import log
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers.utils import logging
 from trl_kd._compat import context_length
 from trl_kd.evaluation.measures import LIKELIHOOD_MEASURES, MEASURES, TEACHER_MEASURES
 from trl_kd.evaluation.metrics import load_metric, text_values
-from trl_kd.evaluation.models import EvalModel, Reader
+from trl_kd.evaluation.models import EvalModel, Reader, library_versions
 from trl_kd.evaluation.per_token import compare_rows, likelihood_rows
 from trl_kd.evaluation.store import ResultStore, Run, Sample
 from trl_kd.evaluation.suite import EvalRow, Suite, digest_of
@@ -40,17 +39,6 @@ _NOT_FINITE = (
     "bfloat16 or float32. What was finished before is kept."
 )
 _DATA = ("forward_kl", "reverse_kl", "total_variation", "nll")
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide what is measured."""
-    versions = {}
-    for name in ("trl_kd", "torch", "transformers", "peft", "evaluate", "rouge-score", "tokenizers"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def _text_metrics(suite: Suite, with_references: bool) -> list[str]:

@@ -17,8 +17,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PrinterCallback, set_seed
 
-from trl_kd.evaluation.models import EvalModel, Reader
-from trl_kd.evaluation.runner import Evaluation, library_versions
+from trl_kd.evaluation.models import EvalModel, Reader, library_versions
+from trl_kd.evaluation.runner import Evaluation
 from trl_kd.evaluation.store import ResultStore, Sample
 from trl_kd.evaluation.suite import EvalRow, Suite, digest_of, load_suite, plain_suite, read_rows
 from trl_kd.scripts.arguments import load_splits, select_split
