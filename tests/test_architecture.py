@@ -20,12 +20,13 @@ FLOORS = {
     "data": 2,
     "teachers": 3,
     "generation": 3,
-    "evaluation": 4,
-    "trainer": 4,
-    "callbacks": 4,
-    "plots": 4,
-    "scripts": 5,
-    "cli": 5,
+    "checks": 4,
+    "evaluation": 5,
+    "trainer": 5,
+    "callbacks": 5,
+    "plots": 5,
+    "scripts": 6,
+    "cli": 6,
 }
 # `_compat` is below everything that may use the libraries; `__init__` is the front door, and only the scripts use it.
 COMPAT = "_compat"

@@ -21,6 +21,12 @@ CONFIGS = [KDConfig, AMMConfig, DSKDConfig, SparseTDConfig, GenerateArguments, E
 EXAMPLES = {
     "teacher_model_name_or_path": ("some/teacher", "some/teacher"),
     "teacher_model_init_kwargs": ('{"dtype": "bfloat16"}', {"dtype": "bfloat16"}),
+    "teacher_device": ("offload", "offload"),
+    "teacher_adapter": ("base", "base"),
+    "teacher_models": ("one two", ["one", "two"]),
+    "teacher_weights": ("1.0 3.0", [1.0, 3.0]),
+    "teacher_column": ("source", "source"),
+    "teacher_system_prompt": ("Answer in one word.", "Answer in one word."),
     "teacher_cache": ("teacher cache", "teacher cache"),
     "eval_teacher_cache": ("other cache", "other cache"),
     "lmbda": ("0.25", 0.25),

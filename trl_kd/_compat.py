@@ -1,7 +1,7 @@
 """Every version branch, and every non-public name of TRL, Transformers or PEFT that the package touches."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,12 +17,19 @@ def plain_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None:
 
 def plain_weight(module: nn.Module) -> torch.Tensor:
     """Weight of an output head as a dense tensor: gathered (FSDP2), dequantised (bitsandbytes 4 and 8 bit)."""
-    if module.weight.is_floating_point() and not type(module.weight).__module__.startswith("bitsandbytes"):
-        return plain_parameter(module.weight)
+    weight = module.weight  # once: where PEFT trains some tokens of it, each look puts it together anew
+    if weight.is_floating_point() and not type(weight).__module__.startswith("bitsandbytes"):
+        return plain_parameter(weight)
     # PEFT keeps the list of quantised layouts; it returns what is not quantised unchanged
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(module)
+
+
+def plain_bias(module: nn.Module) -> torch.Tensor | None:
+    """Bias of an output head as a dense tensor. PEFT's wrapper for trained tokens answers for the weight only."""
+    owner = module.original_module if type(module).__name__ == "TrainableTokensWrapper" else module
+    return plain_parameter(owner.bias)
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -49,6 +56,29 @@ def is_placed(model: nn.Module) -> bool:
     return "hf_device_map" in vars(model) or is_quantised(model)
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights of the model elsewhere and brings them when they are needed."""
+    from accelerate.utils import has_offloaded_params
+
+    return any(has_offloaded_params(module) for module in model.modules())
+
+
+def brought_back(module: nn.Module) -> AbstractContextManager:
+    """The weights of a module are on its device inside of this, also if accelerate has offloaded them."""
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs; for one that is offloaded, where its embeddings are computed."""
+    embeddings = model.get_input_embeddings()
+    if not embeddings.weight.is_meta:
+        return embeddings.weight.device
+    with brought_back(embeddings):
+        return embeddings.weight.device
+
+
 def check_one_device(model: nn.Module) -> None:
     """Refuse a student that a device map has split: its head and its hidden states may lie apart."""
     devices = {str(device) for device in vars(model).get("hf_device_map", {}).values()}
@@ -70,6 +100,18 @@ def keep_4bit_layout(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__module__.startswith("bitsandbytes") and "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
+
+
+def dequantised(model: nn.Module) -> nn.Module:
+    """
+    The model with the values of its bitsandbytes weights in plain float32 weights.
+
+    How stored 4-bit weights were read cannot be turned round, so saving fails with `NotImplementedError`
+    (Transformers 5.23); once that is forgotten, weights are saved as those of any model that was built in memory.
+    """
+    model = model.dequantize(dtype=torch.float32)
+    model._weight_conversions = None
+    return model
 
 
 def run_inside_forward(wrapped: nn.Module, model: nn.Module, method: Callable[..., Any], *args: Any) -> Any:
@@ -175,12 +217,54 @@ def context_length(config: Any) -> int | None:
     return text.to_dict().get(text.attribute_map.get(name, name))
 
 
+def mend_adapter(model: nn.Module) -> None:
+    """
+    Undo what TRL 1.16 and PEFT 0.21 do to adapters that hold more than small matrices.
+
+    TRL casts all that QLoRA trains to bfloat16. A whole head or embeddings of tokens in it do not fit hidden states of
+    float32, and their updates are lost in rounding (TRL's issue 7268, for DoRA): these take back the dtype of the
+    student's plain weights. And PEFT's wrapper of a head with trained tokens does not say how many rows it has.
+    """
+    if not is_peft_model(model):
+        return
+    head = model.get_output_embeddings()
+    if type(head).__name__ == "TrainableTokensWrapper":
+        head.out_features = head.original_module.out_features
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+    for name, parameter in model.named_parameters():
+        if is_quantised(model) and parameter.requires_grad and ("modules_to_save" in name or "token_adapter" in name):
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def kept_dtypes(model: nn.Module) -> Iterator[None]:
+    """
+    What is trained keeps its dtype while a checkpoint is loaded.
+
+    TRL trains QLoRA's adapters in bfloat16, and PEFT makes float32 of an adapter that it loads, so a resumed run would
+    go on in other numbers than the one it continues.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in dtypes:
+            parameter.data = parameter.data.to(dtypes[name])
+
+
 def hooked_sft_trainer() -> type:
     """`SFTTrainer` with public hooks in place of the private methods that a KD trainer must extend."""
     from trl import SFTTrainer
 
     class HookedSFTTrainer(SFTTrainer):
         """Maps private methods of the Trainer to the hooks `save_state_to`, `load_state_from`, `checkpoint`."""
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            mend_adapter(self.model)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+            with kept_dtypes(self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -192,7 +276,8 @@ def hooked_sft_trainer() -> type:
                 self.load_state_from(checkpoint)
 
         def _load_best_model(self) -> None:
-            super()._load_best_model()
+            with kept_dtypes(self.model):
+                super()._load_best_model()
             self.load_state_from(self.state.best_model_checkpoint)
 
         def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

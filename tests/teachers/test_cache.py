@@ -610,8 +610,8 @@ def test_cached_teacher_loads_no_model(cache, teacher_path, monkeypatch):
         monkeypatch.setattr(AutoModelForCausalLM, name, refuse)
     monkeypatch.setattr("torch.nn.Module.__init__", refuse)
     cached = CachedTeacher(str(cache.path))
-    assert cached.name == teacher_path and cached.vocab_size == 384 and cached.eos_token_ids == cache.eos_token_ids
-    assert cached.head is None and cached.tokenizer() is None
+    assert cached.name == teacher_path and cached.vocab_size == 384 and cached.ends(None) == cache.eos_token_ids
+    assert cached.head is None and not cached.heads and cached.tokenizer() is None
     cached.prepare(accelerator=None, vocab_size=384)
     cached.prepare(accelerator=None)
     CacheCollator(KDCollator(0), cached.cache)

@@ -12,12 +12,14 @@ from trl_kd.data.formatting import (
     prepare_dataset,
     row_formatter,
 )
+from trl_kd.data.teacher_prompt import TeacherPrompt, teacher_view
 
 
 __all__ = [
     "DualCollator",
     "KDCollator",
     "Side",
+    "TeacherPrompt",
     "TeacherRows",
     "TokenBytes",
     "align",
@@ -31,5 +33,6 @@ __all__ = [
     "prepare_dataset",
     "row_formatter",
     "rows_of",
+    "teacher_view",
     "vocabulary_map",
 ]

@@ -14,6 +14,10 @@ class KDCollator:
     Which positions are padding is known from the lengths alone: the pad token may equal the EOS token, and both may
     occur inside a row. Columns other than the ones named here are ignored.
 
+    A row may have `teacher_prompt_ids`, which the teacher reads in the place of the prompt: the batch then gains
+    `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels` of shape `(B, T)` and `teacher_prompt_length`,
+    with the same completions. It may have a `teacher_index`, the number of its teacher among several.
+
     Packed rows (they have `seq_lengths`) are laid end to end as a single row whose `position_ids` restart at each
     sequence. There is then no `attention_mask`, from which Transformers knows to keep the sequences apart, but only
     with `use_cache=False`. The first token of each sequence is not trained, since nothing in its sequence predicts it.
@@ -52,11 +56,13 @@ class KDCollator:
 
     def prompt(self, row: dict[str, Any], writer: str) -> list[int]:
         """Token ids that `writer` (`"student"` or `"teacher"`) is to continue."""
+        if writer == "teacher" and "teacher_prompt_ids" in row:
+            return row["teacher_prompt_ids"]
         return row["input_ids"][: row["prompt_length"]]
 
     def complete(self, row: dict[str, Any], completion: list[int], writer: str) -> dict[str, Any]:
         """The row with another completion, in the tokens of its writer."""
-        return row | completed_row(self.prompt(row, writer), completion)
+        return row | completed_row(self.prompt(row, "student"), completion)
 
     def rows_of(self, batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
         """Rows of a batch that this collator made, without their padding, as in [`rows_of`]."""
@@ -65,6 +71,15 @@ class KDCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "seq_lengths" in rows[0]:
             return self._collate_packed(rows)
+        batch = self._collate(rows)
+        if "teacher_index" in rows[0]:
+            batch["teacher_index"] = torch.tensor([row["teacher_index"] for row in rows])  # (B,)
+        if "teacher_prompt_ids" in rows[0]:
+            theirs = self._collate([_after(row["teacher_prompt_ids"], row) for row in rows])
+            batch |= {f"teacher_{name}": part for name, part in theirs.items() if name != "is_on_policy"}
+        return batch
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
         length = self._round_up(max(lengths))
         input_ids = [[*row["input_ids"], *[self.pad_token_id] * (length - len(row["input_ids"]))] for row in rows]
@@ -106,6 +121,16 @@ def completed_row(prompt: list[int], completion: list[int]) -> dict[str, Any]:
     }
 
 
+def _after(prompt: list[int], row: dict[str, Any]) -> dict[str, Any]:
+    """The row with another prompt, of which nothing is trained."""
+    start = row["prompt_length"]
+    return {
+        "input_ids": [*prompt, *row["input_ids"][start:]],
+        "labels": [-100] * len(prompt) + list(row["labels"][start:]),
+        "prompt_length": len(prompt),
+    }
+
+
 def rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     r"""
     Rows of a collated batch without their padding: the inverse of [`KDCollator`], for rows that are to be replaced and
@@ -117,7 +142,7 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
 
     Returns:
         `list[dict[str, Any]]`: one row for each, with `input_ids` and `labels` (`list[int]`), `prompt_length` (`int`)
-        and `is_on_policy` (`bool`).
+        and `is_on_policy` (`bool`); with `teacher_index` and `teacher_prompt_ids` if the rows had them.
 
     Raises:
         ValueError: If the batch is packed.
@@ -137,7 +162,7 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
         )
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     columns = (batch[name].tolist() for name in ("input_ids", "labels", "prompt_length", "is_on_policy"))
-    return [
+    rows = [
         {
             "input_ids": input_ids[:length],
             "labels": labels[:length],
@@ -146,3 +171,11 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
         }
         for length, input_ids, labels, prompt_length, is_on_policy in zip(lengths, *columns, strict=True)
     ]
+    if "teacher_index" in batch:
+        for row, index in zip(rows, batch["teacher_index"].tolist(), strict=True):
+            row["teacher_index"] = index
+    if "teacher_input_ids" in batch:
+        theirs = (batch[f"teacher_{name}"].tolist() for name in ("input_ids", "prompt_length"))
+        for row, input_ids, length in zip(rows, *theirs, strict=True):
+            row["teacher_prompt_ids"] = input_ids[:length]
+    return rows

@@ -11,6 +11,7 @@ import torch
 from trl_kd.data.alignment import TokenBytes, align_row, stretches
 from trl_kd.data.collator import KDCollator, completed_row
 from trl_kd.data.rows import CUT, DROPPED, RowFormatter
+from trl_kd.data.teacher_prompt import teacher_view
 
 
 TEACHER_NO_ROOM = "the prompt leaves no room for a completion within the teacher's `teacher_max_length`"
@@ -80,6 +81,10 @@ class TeacherRows:
             Longest row that the teacher reads, in its tokens; the completion loses its end beyond.
         formatter ([`RowFormatter`]):
             Writes rows of this dataset for the teacher.
+        own_prompt (`bool`, *optional*, defaults to `False`):
+            Whether the teacher has a prompt of its own, as of [`teacher_view`].
+        system_prompt (`str`, *optional*):
+            As there.
     """
 
     student: Side
@@ -87,6 +92,8 @@ class TeacherRows:
     from_ids: bool
     max_length: int | None
     formatter: RowFormatter
+    own_prompt: bool = False
+    system_prompt: str | None = None
     revision: str = _REVISION
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +101,8 @@ class TeacherRows:
         if self.from_ids:
             found = self._rewritten(row) | {DROPPED: ""}
         else:
-            found = self.formatter({name: value for name, value in row.items() if name not in own})
+            raw = {name: value for name, value in row.items() if name not in own}
+            found = self.formatter(teacher_view(raw, self.system_prompt) if self.own_prompt else raw)
             if found[DROPPED]:
                 found[DROPPED] = f"on the teacher's side, {found[DROPPED]}"
         _forget_turns(found, len(stretches(np.asarray(row["labels"]))))
@@ -193,7 +201,8 @@ class DualCollator(KDCollator):
     def rows_of(self, batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
         teacher = {name.removeprefix("teacher_"): part for name, part in batch.items() if name.startswith("teacher_")}
         theirs = super().rows_of(teacher | {"is_on_policy": batch["is_on_policy"]})
-        return [row | _of_teacher(other) for row, other in zip(super().rows_of(batch), theirs, strict=True)]
+        own = {name: part for name, part in batch.items() if not name.startswith("teacher_")}
+        return [row | _of_teacher(other) for row, other in zip(super().rows_of(own), theirs, strict=True)]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         theirs = KDCollator(self.teacher.pad, self.pad_to_multiple_of)(

@@ -98,13 +98,11 @@ class RowFormatter:
 
     def _messages(self, row: dict[str, Any]) -> tuple[list[int], list[int], int]:
         messages = row["messages"]
-        # The last turn may be several messages in a row.
-        turn = list(takewhile(lambda message: message["role"] == "assistant", reversed(messages)))[::-1]
+        prompt, turn = answer_of(messages)
         if not turn:
             raise _RowDroppedError(NO_ANSWER)
         if _is_empty(turn):
             raise _RowDroppedError(EMPTY_COMPLETION)
-        prompt = messages[: len(messages) - len(turn)]
         if not self.assistant_only_loss:
             return self._conversation(row, prompt, turn)
         _check_prompt(prompt)
@@ -209,6 +207,12 @@ class RowFormatter:
                 return input_ids + [self.tokenizer.eos_token_id]
             end -= 1
         return input_ids[:end] if end > 0 else input_ids + [self.tokenizer.eos_token_id]
+
+
+def answer_of(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A conversation split before the last turn of the assistant, which may be several messages in a row."""
+    turn = list(takewhile(lambda message: message["role"] == "assistant", reversed(messages)))
+    return messages[: len(messages) - len(turn)], turn[::-1]
 
 
 def _check_prompt(messages: list[dict[str, Any]]) -> None:

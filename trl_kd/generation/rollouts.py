@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from trl_kd._compat import swapped_generation_config
+from trl_kd._compat import input_device, swapped_generation_config
 from trl_kd.data.collator import KDCollator
 
 
@@ -149,7 +149,7 @@ def generate_completions(
     """
     if not prompts:
         return []
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     config = sampling.to_generation_config(pad_token_id, eos_token_ids)
     if vocab_size is not None and vocab_size < (num_rows := model.get_output_embeddings().out_features):
         config.suppress_tokens = [*(config.suppress_tokens or []), *range(vocab_size, num_rows)]

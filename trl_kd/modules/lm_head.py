@@ -103,7 +103,7 @@ class LMHead:
         Raises:
             ValueError: If the model has no output embeddings.
         """
-        from trl_kd._compat import plain_parameter, plain_weight
+        from trl_kd._compat import plain_bias, plain_weight
 
         module = model.get_output_embeddings()
         if module is None:
@@ -114,7 +114,7 @@ class LMHead:
         config = model.config.get_text_config().to_dict()
         # Names in transformers: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`
         scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
-        return cls(plain_weight(module), plain_parameter(module.bias), scale, config.get("final_logit_softcapping"))
+        return cls(plain_weight(module), plain_bias(module), scale, config.get("final_logit_softcapping"))
 
 
 def last_hidden_states(model: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,7 @@ def check_head(model: nn.Module, role: str) -> None:
         NotImplementedError: If the logits differ, the model's forward cannot be used this way, or a PEFT adapter sits
             on the head.
     """
-    from trl_kd._compat import has_adapter, is_peft_model
+    from trl_kd._compat import brought_back, has_adapter, input_device, is_peft_model
 
     if is_peft_model(model) and has_adapter(model.get_output_embeddings()):
         # No comparison of logits finds it: a new adapter is zero
@@ -168,12 +168,13 @@ def check_head(model: nn.Module, role: str) -> None:
             "The losses read the weight of the head, so the adapter would be ignored and never trained. Remove the "
             "head from `target_modules`, or train it in full through `modules_to_save`."
         )
-    weight = model.get_input_embeddings().weight
-    input_ids = torch.arange(1, 7, device=weight.device).unsqueeze(0) % weight.shape[0]
+    num_ids = model.get_input_embeddings().weight.shape[0]
+    input_ids = torch.arange(1, 7, device=input_device(model)).unsqueeze(0) % num_ids
     reason = None
     try:
         hidden, logits = _hidden_states_and_logits(model, input_ids=input_ids)
-        computed = LMHead.of(model)(hidden).float()
+        with brought_back(model.get_output_embeddings()):
+            computed = LMHead.of(model)(hidden).float()
     except (AttributeError, TypeError, IndexError) as error:
         reason = str(error)
     else:

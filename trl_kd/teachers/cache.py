@@ -302,7 +302,7 @@ class CachedTeacher:
         ValueError: If the cache cannot be opened.
     """
 
-    head = None
+    head, heads = None, ()
 
     def __init__(self, cache: "str | Path | TeacherCache"):
         self.cache = TeacherCache.open(cache)
@@ -317,9 +317,8 @@ class CachedTeacher:
         """Number of tokens that the teacher's probabilities sum to 1 over."""
         return self.cache.vocab_size
 
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """Tokens that end a completion."""
+    def ends(self, tokenizer: Any) -> list[int]:
+        """Ids by which the teacher ended a completion."""
         return self.cache.eos_token_ids
 
     def tokenizer(self) -> None:

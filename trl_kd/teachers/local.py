@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from accelerate import PartialState
+from accelerate import PartialState, cpu_offload
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from trl_kd import _compat
-from trl_kd.generation.rollouts import Sampling, generate_completions
+from trl_kd.generation.rollouts import Sampling, eos_token_ids, generate_completions
 from trl_kd.modules.lm_head import LMHead, check_head, last_hidden_states
 
 
@@ -30,17 +30,21 @@ class LocalTeacher:
         init_kwargs (`dict[str, Any]`, *optional*):
             Arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`] for a path or name. `dtype` defaults to
             `"auto"`, the dtype of the checkpoint. `load_in_4bit` and `load_in_8bit` are shorthands for bitsandbytes.
+        device (`str`, *optional*):
+            Where it computes, such as `"cpu"` or `"cuda:1"`; or `"offload"`: its weights wait in CPU memory and come
+            to the training device layer by layer. By default it is with the student.
 
     Raises:
-        ValueError: If the model cannot be loaded.
+        ValueError: If the model cannot be loaded, or not on this device.
         TypeError: If `model` is neither a string nor a model.
     """
 
-    def __init__(self, model: Any, init_kwargs: dict[str, Any] | None = None):
+    def __init__(self, model: Any, init_kwargs: dict[str, Any] | None = None, device: str | None = None):
         self._source_kwargs = _source(init_kwargs or {})
+        self._device = device
         if isinstance(model, str):
             self.name = model
-            self.model = _load(model, dict(init_kwargs or {}))
+            self.model = _load(model, dict(init_kwargs or {}), device)
         elif isinstance(model, nn.Module):
             if init_kwargs:
                 logger.warning(
@@ -54,9 +58,15 @@ class LocalTeacher:
                 f"`teacher_model` is a {type(model).__name__}, but a teacher is a model or the path or Hub name of "
                 "one."
             )
+        if device is not None and _compat.is_placed(self.model) and not isinstance(model, str):
+            raise ValueError(
+                f"`teacher_device` is '{device}', but the teacher is a model that stays where it was loaded (by a "
+                "device map, or quantised). Load it there, or pass its path."
+            )
         self.model.requires_grad_(False)
         self.model.eval()
         _compat.keep_4bit_layout(self.model)
+        self._input_device = None
         self._vocab_size = None
         self._head = None
         self._autocast = nullcontext
@@ -70,6 +80,10 @@ class LocalTeacher:
     def vocab_size(self) -> int:
         """Number of rows of the teacher's head, padding included."""
         return self.model.get_output_embeddings().out_features
+
+    def ends(self, tokenizer: Any) -> list[int]:
+        """Ids by which it ends a completion, with the EOS of a tokenizer."""
+        return eos_token_ids(self.model, tokenizer)
 
     def tokenizer(self) -> Any | None:
         """The tokenizer saved beside the model, or `None` where there is none."""
@@ -93,21 +107,29 @@ class LocalTeacher:
         Raises:
             NotImplementedError: If `head(hidden_states)` would not give the model's own logits.
         """
+        self._input_device = None
         self._vocab_size = vocab_size
         self._autocast = accelerator.autocast
+        if self._device is not None and accelerator.distributed_type in ("DEEPSPEED", "FSDP"):
+            raise NotImplementedError(
+                f"`teacher_device` is '{self._device}', but DeepSpeed and FSDP place the teacher themselves. Leave it "
+                "out, or use DDP."
+            )
         if accelerator.distributed_type == "DEEPSPEED":
             from trl.models import prepare_deepspeed
 
             self.model = prepare_deepspeed(self.model, accelerator)
             return
         if any(parameter.is_meta for parameter in self.model.parameters()):
-            raise ValueError(
-                f"The teacher `{self.name}` does not fit the device and is partly offloaded, which is not supported. "
-                'Load it in 4 bit (`teacher_model_init_kwargs={"load_in_4bit": True}`), take a smaller one, or train '
-                "on completions that it wrote before (`trl-kd generate`) with another method."
-            )
-        if not _compat.is_placed(self.model):
-            self.model.to(accelerator.device)
+            if not _compat.is_offloaded(self.model):
+                raise ValueError(
+                    f"The teacher `{self.name}` has no weights (it is on the meta device), so it knows nothing. Load "
+                    "it, or pass its path."
+                )
+        elif self._device == "offload":
+            cpu_offload(self.model, accelerator.device)
+        elif not _compat.is_placed(self.model):
+            self.model.to(self._device or accelerator.device)
         with accelerator.autocast():  # some attention kernels take half dtypes only
             check_head(self.model, "teacher")
         if accelerator.distributed_type == "FSDP":
@@ -122,13 +144,25 @@ class LocalTeacher:
         self._head = LMHead(weight, bias, head.scale, head.soft_cap)
 
     def _current_head(self) -> LMHead:
-        head = LMHead.of(self.model).detach()
+        with _compat.brought_back(self.model.get_output_embeddings()):
+            head = LMHead.of(self.model).detach()
         return head if self._vocab_size is None else head.cut(self._vocab_size)
 
     @property
     def head(self) -> LMHead:
         """Output head, detached, cut to the shared vocabulary."""
         return self._head or self._current_head()
+
+    @property
+    def heads(self) -> list[LMHead]:
+        """The same in a list."""
+        return [self.head]
+
+    def input_embeddings(self) -> torch.Tensor:
+        """Weight of the input embeddings `(V, H)`, where the loss is computed."""
+        embeddings = self.model.get_input_embeddings()
+        with _compat.brought_back(embeddings):
+            return _compat.plain_weight(embeddings).detach().to(self.head.weight.device)
 
     @torch.no_grad()
     def hidden_states(self, **inputs: torch.Tensor) -> torch.Tensor:
@@ -143,8 +177,10 @@ class LocalTeacher:
             `torch.Tensor` of shape `(B, S, H_t)`, on the device of the inputs.
         """
         source = inputs["input_ids"].device
-        device = self.model.get_input_embeddings().weight.device
-        hidden = last_hidden_states(self.model, **{name: tensor.to(device) for name, tensor in inputs.items()})
+        if self._input_device is None:
+            self._input_device = _compat.input_device(self.model)
+        own = {name: tensor.to(self._input_device) for name, tensor in inputs.items()}
+        hidden = last_hidden_states(self.model, **own)
         return hidden.to(source)
 
     def generate(
@@ -161,7 +197,7 @@ def _source(init_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in init_kwargs.items() if key in ("revision", "token", "trust_remote_code")}
 
 
-def _load(path: str, init_kwargs: dict[str, Any]) -> nn.Module:
+def _load(path: str, init_kwargs: dict[str, Any], device: str | None) -> nn.Module:
     """Load a teacher; one clear error if there is none."""
     in_4bit, in_8bit = init_kwargs.pop("load_in_4bit", False), init_kwargs.pop("load_in_8bit", False)
     if in_4bit or in_8bit:
@@ -172,12 +208,18 @@ def _load(path: str, init_kwargs: dict[str, Any]) -> nn.Module:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     init_kwargs.setdefault("dtype", "auto")
-    device = PartialState().device
     try:
         config = AutoConfig.from_pretrained(path, **_source(init_kwargs)).to_dict()
-        if device.type != "cpu" and ("quantization_config" in config or "quantization_config" in init_kwargs):
+        is_quantised = "quantization_config" in config or "quantization_config" in init_kwargs
+        if is_quantised and device == "offload":
+            raise ValueError(
+                "`teacher_device` is 'offload', but quantised weights stay where they are loaded. Offload the teacher "
+                "in its own dtype, or let a quantised one be on the device."
+            )
+        place = torch.device(device) if device not in (None, "offload") else PartialState().device
+        if is_quantised and place.type != "cpu":
             # Quantised weights stay where they are loaded, and not every method loads them onto the GPU by itself
-            init_kwargs.setdefault("device_map", {"": device})
+            init_kwargs.setdefault("device_map", {"": place})
         return AutoModelForCausalLM.from_pretrained(path, **init_kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(

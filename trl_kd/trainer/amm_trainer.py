@@ -20,6 +20,7 @@ from trl_kd.losses import (
     total_variation,
     weighted_sum,
 )
+from trl_kd.teachers import TeacherGroup
 from trl_kd.trainer.amm_config import AMMConfig
 from trl_kd.trainer.amm_warnings import DriftWatch, warn_of_settings
 from trl_kd.trainer.critics import SOURCES, MomentCritics, critic_terms, make_critics, merge
@@ -139,6 +140,14 @@ class AMMTrainer(_KDTrainer):
                 f'`teacher_cache` is set with `critic="{args.critic}"` and `on_policy_gradient='
                 f'"{args.on_policy_gradient}"`, but these need the teacher\'s states, of which a cache has none. Take '
                 '`critic="exact"` and `on_policy_gradient="direct"`, or train with the teacher itself.'
+            )
+        if not needs_teacher:
+            return modules
+        if isinstance(self.teacher, TeacherGroup):
+            raise NotImplementedError(
+                f'`critic="{args.critic}"` with `on_policy_gradient="{args.on_policy_gradient}"` compares the student '
+                "with one teacher over the whole optimizer step, but there are several. Take "
+                '`critic="exact"` and `on_policy_gradient="direct"`, or one teacher.'
             )
         teacher_head, width = self.teacher.head, self.model.get_output_embeddings().in_features
         if self.learns_critic:

@@ -19,18 +19,18 @@ from trl_kd.losses import (
     universal_logit_distance,
 )
 from trl_kd.modules import LMHead, token_scale
-from trl_kd.teachers import shared_vocab_size
+from trl_kd.teachers import SharedTeacher, TeacherGroup, shared_vocab_size
 from trl_kd.trainer.dskd_config import DSKDConfig
 from trl_kd.trainer.dskd_warnings import AgreementWatch, warn_of_settings
 from trl_kd.trainer.dual_look import Lookout
-from trl_kd.trainer.dual_selection import DualSelection, DualTokens, Look, select_dual, teachers
+from trl_kd.trainer.dual_selection import DualSelection, DualTokens, Look, select_dual
 from trl_kd.trainer.dual_text import choose_alignment, dual_text, is_one_vocabulary, shared_vocabulary
 from trl_kd.trainer.kd_trainer import _KDTrainer
 from trl_kd.trainer.lookahead import teacher_states
 from trl_kd.trainer.metrics import MetricSums
 from trl_kd.trainer.projection import Projection
 from trl_kd.trainer.projector_pretraining import pretrain_projector
-from trl_kd.trainer.tokens import TokenBatch, model_inputs, token_weights
+from trl_kd.trainer.tokens import TokenBatch, model_inputs, teachers, token_weights
 
 
 class DSKDTrainer(_KDTrainer):
@@ -125,6 +125,18 @@ class DSKDTrainer(_KDTrainer):
                 "`teacher_cache` is set, but the teacher's representation space is in its hidden states, of which a "
                 "cache has none. Pass `teacher_model`, or take AMMTrainer or SparseTDTrainer."
             )
+        if isinstance(self.teacher, TeacherGroup):
+            raise NotImplementedError(
+                "There are several teachers, but projectors lead into the space of one. Take one, or AMMTrainer or "
+                "SparseTDTrainer."
+            )
+        if isinstance(self.teacher, SharedTeacher):
+            if args.alignment not in ("auto", "same"):
+                raise ValueError(
+                    f"`alignment` is '{args.alignment}' with a `teacher_adapter`, whose tokens are the student's, so "
+                    "there is nothing to align. Leave it at 'auto'."
+                )
+            self.teacher_processing_class = tokenizer
         if self.teacher_processing_class is None:
             self.teacher_processing_class = self.teacher.tokenizer()
         self.is_dual = not is_one_vocabulary(args, tokenizer, self.teacher_processing_class)

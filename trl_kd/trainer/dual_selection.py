@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from trl_kd.trainer.tokens import SelectedTokens, TokenBatch, select_tokens
+from trl_kd.trainer.tokens import SelectedTokens, TokenBatch, select_tokens, teachers
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def select_dual(inputs: dict[str, torch.Tensor], attends: bool = False) -> DualS
     """Trained tokens of a batch on both sides, and their partners."""
     student = select_tokens(inputs)
     own = {part.name: getattr(student, part.name) for part in fields(SelectedTokens)}
-    if "teacher_input_ids" not in inputs:
+    if "partner" not in inputs:  # one vocabulary
         return DualSelection(**own)
     teacher_inputs = teachers(inputs)
     teacher = select_tokens(teacher_inputs)
@@ -91,12 +91,6 @@ def _sizes(student: SelectedTokens, teacher: SelectedTokens, rows: int) -> tuple
         return rows, 0, 0
     longest = torch.stack([student.positions.max(), teacher.positions.max()]) + 1
     return rows, *longest.tolist()
-
-
-def teachers(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The teacher's part of a batch, by the names that its own batch would have."""
-    names = ("input_ids", "attention_mask", "labels")
-    return {name: inputs[f"teacher_{name}"] for name in names} | {"is_on_policy": inputs["is_on_policy"]}
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,18 @@ from datasets import IterableDataset
 from transformers.utils import logging
 
 from trl_kd._compat import context_length
-from trl_kd.data import DualCollator, Side, TeacherRows, is_conversational, map_rows, row_formatter, vocabulary_map
-from trl_kd.generation import eos_token_ids
+from trl_kd.data import (
+    DualCollator,
+    Side,
+    TeacherRows,
+    is_conversational,
+    map_rows,
+    row_formatter,
+    teacher_view,
+    vocabulary_map,
+)
 from trl_kd.trainer import setup
+from trl_kd.trainer.teacher_columns import check_own_prompt, has_own_prompt
 
 
 logger = logging.get_logger(__name__)
@@ -88,7 +97,7 @@ def dual_text(
     Returns:
         `tuple`: a function as of [`setup.dataset_preparer`], and a [`DualCollator`].
     """
-    teacher_ends = eos_token_ids(teacher.model, teacher_tokenizer)
+    teacher_ends = teacher.ends(teacher_tokenizer)
     longest = args.teacher_max_length or context_length(teacher.model.config)
     dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     first = next(iter(dataset or []), {})
@@ -113,7 +122,11 @@ def dual_text(
             return prepared
         own = ("input_ids", "labels", "prompt_length")
         raw = row if came_as_ids else {column: value for column, value in row.items() if column not in own}
-        rows = TeacherRows(*sides, came_as_ids, longest, formatters(raw, name)[1])
+        if own_prompt := has_own_prompt(raw, args):
+            check_own_prompt(args, came_as_ids, name)
+        view = teacher_view(raw, args.teacher_system_prompt) if own_prompt else raw
+        prompts = (own_prompt, args.teacher_system_prompt)
+        rows = TeacherRows(*sides, came_as_ids, longest, formatters(view, name)[1], *prompts)
         num_proc = None if isinstance(prepared, IterableDataset) else args.dataset_num_proc
         description = f"Tokenizing {name} dataset for the teacher"
         return map_rows(prepared, rows, longest, num_proc, name, description, "teacher_max_length")

@@ -30,7 +30,7 @@ class Health:
         Raise if anything was not finite since the last check. All ranks must call it together.
 
         Args:
-            teacher ([`LocalTeacher`] or [`CachedTeacher`]):
+            teacher (`Teacher`):
                 The teacher, to tell whose fault it is.
 
         Raises:
@@ -44,7 +44,7 @@ class Health:
         bad_loss, bad_student, bad_teacher = bad.tolist()
         if not bad_loss:
             return
-        if bad_teacher or (teacher.head is not None and not torch.isfinite(teacher.head.weight).all()):
+        if bad_teacher or any(not torch.isfinite(head.weight).all() for head in teacher.heads):
             who, cure = "teacher's logits are", "Load the teacher in bfloat16 or float32, or check its weights."
         elif bad_student:
             who, cure = "student's hidden states are", "Lower the learning rate, or check the student's weights."

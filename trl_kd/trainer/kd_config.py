@@ -25,6 +25,22 @@ class KDConfig(SFTConfig):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] of the teacher. `dtype`
             defaults to the checkpoint's. `{"load_in_4bit": true}` and `{"load_in_8bit": true}` quantise it with
             bitsandbytes.
+        teacher_device (`str`, *optional*):
+            Where the teacher computes, such as `"cpu"` or `"cuda:1"`; or `"offload"`, where its weights wait in CPU
+            memory and come to the training device layer by layer. By default it is with the student.
+        teacher_adapter (`str`, *optional*):
+            Makes the student's own base the teacher, so that one copy of the weights is in memory: `"base"` is the
+            base with the student's adapter switched off; a folder or Hub name is another adapter for the same base,
+            and so is the name of one that the student holds.
+        teacher_models (`list[str]`, *optional*):
+            Paths or Hub names of several teachers with one tokenizer, in place of `teacher_model_name_or_path`.
+        teacher_weights (`list[float]`, *optional*):
+            Weight of the loss against each of several teachers. Equal by default.
+        teacher_column (`str`, *optional*):
+            Column that names the teacher of each row, among several: its number, from 0, or its path or Hub name.
+        teacher_system_prompt (`str`, *optional*):
+            System message that the teacher alone reads, before one that is there. For a whole prompt of its own, a
+            row has a column `teacher_prompt`.
         teacher_cache (`str`, *optional*):
             Folder that `trl-kd cache` has written for this dataset. It takes the teacher's place, which is not loaded;
             losses on both models take their sparse form, with one bucket for all tokens that are not in the cache.
@@ -144,6 +160,45 @@ class KDConfig(SFTConfig):
         metadata={
             "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` of the teacher. `dtype` defaults to "
             'the checkpoint\'s. `{"load_in_4bit": true}` and `{"load_in_8bit": true}` quantise it with bitsandbytes.'
+        },
+    )
+    teacher_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the teacher computes, such as 'cpu' or 'cuda:1'; or 'offload', where its weights wait in "
+            "CPU memory and come to the training device layer by layer. By default it is with the student."
+        },
+    )
+    teacher_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Makes the student's own base the teacher, so that one copy of the weights is in memory: 'base' "
+            "is the base with the student's adapter switched off; a folder or Hub name is another adapter for the "
+            "same base, and so is the name of one that the student holds."
+        },
+    )
+    teacher_models: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Paths or Hub names of several teachers with one tokenizer, in place of "
+            "`teacher_model_name_or_path`."
+        },
+    )
+    teacher_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of the loss against each of several teachers. Equal by default."}
+    )
+    teacher_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column that names the teacher of each row, among several: its number, from 0, or its path or Hub "
+            "name."
+        },
+    )
+    teacher_system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "System message that the teacher alone reads, before one that is there. For a whole prompt of its "
+            "own, a row has a column `teacher_prompt`."
         },
     )
     teacher_cache: str | None = field(

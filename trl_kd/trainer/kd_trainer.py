@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,20 +12,23 @@ from trl_kd import _compat
 from trl_kd.data import KDCollator
 from trl_kd.generation import Sampling, eos_token_ids
 from trl_kd.losses import LinearLoss
-from trl_kd.modules.lm_head import LMHead, check_head, last_hidden_states
+from trl_kd.modules.lm_head import LMHead, check_head
 from trl_kd.trainer import checkpoints, model_card, setup, sources
 from trl_kd.trainer.auxiliary import AuxiliaryModules, StepHooks
 from trl_kd.trainer.completions import log_completions, with_teacher_completions
 from trl_kd.trainer.health import Health
 from trl_kd.trainer.kd_config import KDConfig
-from trl_kd.trainer.lookahead import look_ahead, teacher_states
+from trl_kd.trainer.lookahead import look_ahead
 from trl_kd.trainer.metrics import MetricSums
+from trl_kd.trainer.micro_batch import micro_batch_loss, student_states
+from trl_kd.trainer.teacher_columns import teacher_columns
 from trl_kd.trainer.tokens import (
     SelectedTokens,
     TokenBatch,
     count_tokens,
     model_inputs,
     select_tokens,
+    teachers,
     token_weights,
 )
 from trl_kd.trainer.writers import rollout_writer, student_writer
@@ -70,7 +72,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         tokenizer = setup.own_tokenizer(processing_class, model, args, source)
         self.eos_token_ids = eos_token_ids(model, tokenizer, **source)
         self.prepare_data, collator = self.set_up_text(args, tokenizer, formatting_func, train_dataset)
-        collator = sources.own_collator(data_collator, collator)
+        collator = sources.own_collator(data_collator, collator, self.teacher, args)
         self.row_format = collator if isinstance(collator, KDCollator) else KDCollator(tokenizer.pad_token_id)
         train_dataset = self.prepare_data(train_dataset, "train", is_training=True)
         eval_dataset = self.prepare_data(eval_dataset, "eval")
@@ -108,9 +110,9 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     def set_up_text(self, args: Any, tokenizer: Any, formatting_func: Any, train_dataset: Any) -> tuple:
         """What prepares datasets, and what collates their rows; completes `eos_token_ids`."""
         # The teacher's too: it ends its completions its own way
-        self.eos_token_ids = sorted({*self.eos_token_ids, *sources.ends_of(self.teacher, tokenizer)})
-        cached = sources.cache_columns(self.teacher, args, tokenizer)
-        prepare = setup.dataset_preparer(args, tokenizer, self.eos_token_ids, formatting_func, cached)
+        self.eos_token_ids = sorted({*self.eos_token_ids, *self.teacher.ends(tokenizer)})
+        columns = teacher_columns(self.teacher, args, tokenizer, self.eos_token_ids)
+        prepare = setup.dataset_preparer(args, tokenizer, self.eos_token_ids, formatting_func, columns)
         collator = KDCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
         return prepare, sources.with_cache(collator, self.teacher, args)
 
@@ -125,6 +127,9 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
 
     def read_teacher(self, inputs: dict, selected: SelectedTokens) -> torch.Tensor | sources.TopTokens:
         """The teacher's hidden states at the trained tokens, `(N, H_t)`; of a cache, its most likely tokens."""
+        if "teacher_input_ids" in inputs:  # it reads the same completions after a prompt of its own
+            inputs = teachers(inputs)
+            selected = self.select(inputs)
         return sources.read(self.teacher, inputs, selected)
 
     def auxiliary_modules(self) -> dict[str, nn.Module]:
@@ -152,6 +157,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         if not self.is_deepspeed_enabled:  # ZeRO-3 has sharded the student already
             with self.accelerator.autocast():  # some attention kernels take half dtypes only
                 check_head(self.model, "student")
+        sources.attach(self.teacher, self.model)
         self.vocab_size, teacher_size = self.match_heads()
         self.teacher.prepare(self.accelerator, teacher_size)
 
@@ -191,40 +197,30 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        student = self.accelerator.unwrap_model(model)
-        selected = self.select(inputs)
-        teacher_hidden = teacher_states(self, inputs, selected)
-
-        def student_loss() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            tokens = self.read_tokens(student, inputs, selected, teacher_hidden)
-            # accelerate's autocast is part of the forward that is replaced here
-            with self.accelerator.autocast():
-                if "token_counts" in inputs and "step_values" not in inputs and self.looks_ahead():
-                    # The step has this micro-batch only
-                    tokens = replace(tokens, step_values=self.prepare_step([tokens.detach()])[0])
-                result = self.token_loss(tokens)
-            return result.loss, tokens.pairs["student"][0].detach(), result.values
-
-        loss, hidden, values = _compat.run_inside_forward(model, student, student_loss)
-        self._health.watch(loss.detach(), hidden, teacher_hidden)
-        self._sums["train" if self.model.training else "eval"].add_by_source(values, selected.is_on_policy)
+        loss = micro_batch_loss(self, model, inputs)
         if return_outputs:  # `compute_metrics` of the caller
             with torch.no_grad():
                 return loss, model(**model_inputs(inputs))
         return loss
 
+    def observe(
+        self, loss: torch.Tensor, hidden: torch.Tensor, said: Any, values: dict, is_on_policy: torch.Tensor
+    ) -> None:
+        """Keep what a micro-batch has shown, for the log and against numbers that are not finite."""
+        self._health.watch(loss, hidden, said)
+        self._sums["train" if self.model.training else "eval"].add_by_source(values, is_on_policy)
+
     def read_tokens(self, student: nn.Module, inputs: dict, selected: SelectedTokens, teacher_said: Any) -> TokenBatch:
         """The student's forward; only valid inside of the forward of its wrapper."""
         counts = inputs.get("token_counts")  # evaluation counts its own batch
-        shares = token_weights(
-            selected.is_on_policy, count_tokens(inputs) if counts is None else counts, self.args.on_policy_weight
-        )
+        own = count_tokens(inputs.get("whole", inputs)) if counts is None else counts
+        shares = token_weights(selected.is_on_policy, own, self.args.on_policy_weight)
         if counts is not None:
             # DDP averages gradients over ranks, and the counts are those of all ranks
             shares = tuple(share * self.accelerator.num_processes for share in shares)
-        hidden = selected.of(last_hidden_states(student, **model_inputs(inputs)))
+        hidden = selected.of(student_states(student, inputs))
         head = LMHead.of(student).cut(self.vocab_size)
-        pairs = {"student": (hidden, head)} | sources.pair_of(self.teacher, teacher_said)
+        pairs = {"student": (hidden, head)} | sources.pair_of(inputs.get("teacher", self.teacher), teacher_said)
         known = inputs.get("step_values", {}), sources.top_of(teacher_said)
         return TokenBatch(pairs, selected.labels, *shares, selected.is_on_policy, selected.positions, *known)
 
@@ -272,6 +268,10 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with sources.student_alone(self.teacher):
+            super().save_model(*args, **kwargs)
 
     def checkpoint(self, folder: str, save: Callable[[], None]) -> None:
         """Save by `save`, then declare the folder complete, and only then delete older ones."""

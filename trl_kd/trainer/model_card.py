@@ -8,7 +8,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 from trl import SFTConfig
 
-from trl_kd._compat import config_model_id
+from trl_kd import _compat
+from trl_kd.teachers import SharedTeacher, TeacherGroup
 
 
 _MARK = "### Framework versions"
@@ -28,7 +29,9 @@ def settings_of(args: Any, with_auxiliary: bool) -> dict[str, Any]:
         `dict[str, Any]`: settings by name.
     """
     known = {field.name for field in fields(SFTConfig)}
-    known |= {"teacher_model_name_or_path", "log_completions", "num_completions_to_print"}
+    # Teachers have a line of their own
+    known |= {"teacher_model_name_or_path", "teacher_models", "teacher_adapter"}
+    known |= {"log_completions", "num_completions_to_print"}
     names = [field.name for field in fields(args) if field.name not in known]
     # Where rollouts are computed concerns nobody later
     unread = (*args.unread(), "vllm_", *(() if with_auxiliary else ("aux_",)))
@@ -54,13 +57,13 @@ def add_distillation_section(trainer: Any) -> None:
             The trainer, whose output folder has a `README.md`.
     """
     path = os.path.join(trainer.args.output_dir, "README.md")
-    student = config_model_id(trainer.model)
+    student = _compat.config_model_id(trainer.model)
     settings = settings_of(trainer.args, with_auxiliary=bool(trainer.auxiliary.joint_parameters()))
     rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in settings.items())
     section = (
         f"### Distillation\n\n"
         f"- Method: {trainer._name}, with trl_kd {version('trl_kd')}\n"
-        f"- Teacher: {_named(trainer.teacher.name)}\n"
+        f"- Teacher: {_teacher(trainer)}\n"
         f"- Student before distillation: {_named(student)}\n"
         f"- Objective: {trainer._objective}\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n\n"
@@ -68,6 +71,19 @@ def add_distillation_section(trainer: Any) -> None:
     card = ModelCard.load(path)
     card.text = card.text.replace(_MARK, section + _MARK, 1)
     card.save(path)
+
+
+def _teacher(trainer: Any) -> str:
+    """The teacher, or all of them."""
+    teacher = trainer.teacher
+    if isinstance(teacher, TeacherGroup):
+        return ", ".join(_named(each.name) for each in teacher.teachers)
+    if not isinstance(teacher, SharedTeacher):
+        return _named(teacher.name)
+    base = _named(_compat.config_model_id(trainer.model))
+    if teacher.adapter == "base":
+        return f"{base}, the student's base without its adapter"
+    return f"{base}, the student's base, with the adapter {_named(teacher.adapter)}"
 
 
 def _named(model: str) -> str:

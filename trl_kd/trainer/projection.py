@@ -42,7 +42,8 @@ class Projection:
 
     def __init__(self, args: Any, student: nn.Module, teacher: Any, student_head: LMHead, shared_ids: SharedIds):
         self.args, self.attends = args, args.alignment == "cma"
-        self.embeddings = student.get_input_embeddings(), teacher.model.get_input_embeddings()
+        self.embedding = student.get_input_embeddings()
+        self.teacher_embedding = teacher.input_embeddings() if self.attends else None  # (V_t, H_t)
         self.modules: dict[str, nn.Module] = {}
         self._recomputed, self._map = None, None
         start = _initial_ids(shared_ids, args.init_vocab_size, student_head, teacher.head)
@@ -53,7 +54,7 @@ class Projection:
         elif args.teacher_space:
             self.modules["student_to_teacher"] = self._make(student_head, teacher.head, start, 1)
         if self.attends:
-            own, theirs = (_compat.plain_weight(module).shape[1] for module in self.embeddings)
+            own, theirs = _compat.plain_weight(self.embedding).shape[1], self.teacher_embedding.shape[1]
             if theirs != (width := teacher.head.weight.shape[1]):
                 raise NotImplementedError(
                     f"The teacher's input embeddings are {theirs} wide and its last hidden states {width}, but "
@@ -111,7 +112,7 @@ class Projection:
         What the attention knows of the tokens: `queries` of the student's, and of the teacher's `keys`, states and
         embeddings of what they predict, before these three are normalised.
         """
-        own, theirs = (_compat.plain_weight(module).detach() for module in self.embeddings)
+        own, theirs = _compat.plain_weight(self.embedding).detach(), self.teacher_embedding
         (read, _), (teacher_read, _) = selected.described
         predicted = selected.teacher.labels
         value_ids = predicted if look is None or look.teacher_top1 is None else look.teacher_top1
@@ -141,7 +142,7 @@ class Projection:
 
     def padded_scales(self, inputs: dict[str, Any], selected: DualSelection, look: Look) -> torch.Tensor:
         """The same sizes as the authors take them: over all positions, with token 0 where nothing is trained."""
-        embeddings = _compat.plain_weight(self.embeddings[1]).detach()
+        embeddings = self.teacher_embedding
         shape, places = inputs["teacher_labels"][:, 1:].numel(), len(selected.teacher.rows)
         _, keys, _, predicted = self.described(selected, selected.teacher.labels.new_zeros(places, 1), look)
         filler = embeddings[0].float().expand(shape - places, -1)

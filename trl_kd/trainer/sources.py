@@ -1,14 +1,20 @@
 """What a trainer asks of its teacher, whether that is a model or a cache on disk."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from datasets import IterableDataset
 
 from trl_kd.data import KDCollator
-from trl_kd.generation import eos_token_ids
-from trl_kd.teachers import CacheCollator, CachedTeacher, LocalTeacher, TeacherCache, shared_vocab_size
+from trl_kd.teachers import (
+    CacheCollator,
+    CachedTeacher,
+    LocalTeacher,
+    SharedTeacher,
+    TeacherGroup,
+    shared_vocab_size,
+)
 from trl_kd.teachers.cache import check_top_p
 from trl_kd.trainer.tokens import SelectedTokens, model_inputs
 
@@ -16,30 +22,75 @@ from trl_kd.trainer.tokens import SelectedTokens, model_inputs
 # Ids and log-probabilities of the teacher's most likely tokens, both `(N, K)`
 TopTokens = tuple[torch.Tensor, torch.Tensor]
 
+# Every source of the teacher's distributions
+Teacher = LocalTeacher | SharedTeacher | TeacherGroup | CachedTeacher
 
-def own_teacher(teacher_model: Any, args: Any, student: Any) -> LocalTeacher | CachedTeacher:
+
+def own_teacher(teacher_model: Any, args: Any, student: Any) -> Teacher:
     """The teacher from the trainer's argument or the configuration; never the student itself."""
-    teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+    _check_one_teacher(teacher_model, args)
+    if teacher_model is None:
+        teacher_model = args.teacher_models or args.teacher_model_name_or_path
     if args.teacher_cache is not None:
         return _cached_teacher(teacher_model, args)
-    if args.eval_teacher_cache is not None:
+    if args.teacher_adapter is not None:
+        return SharedTeacher(args.teacher_adapter)
+    if teacher_model is None:
+        raise ValueError(
+            "There is no teacher: `teacher_model` is None, and so are `teacher_model_name_or_path`, "
+            "`teacher_adapter` and `teacher_cache` in the configuration. Pass a model, a path or a Hub name, or a "
+            "cache."
+        )
+    if isinstance(teacher_model, list | tuple):
+        teachers = [_model_teacher(model, args, student) for model in teacher_model]
+        return TeacherGroup(teachers, args.teacher_weights, args.teacher_column)
+    return _model_teacher(teacher_model, args, student)
+
+
+def _check_one_teacher(teacher_model: Any, args: Any) -> None:
+    """Refuse options that speak of different teachers."""
+    names = ("teacher_model_name_or_path", "teacher_adapter", "teacher_models")
+    given = [f"`{name}`" for name in names if getattr(args, name) is not None]
+    if teacher_model is not None and (teacher_model != args.teacher_model_name_or_path or len(given) > 1):
+        given = ["`teacher_model`", *[name for name in given if name != "`teacher_model_name_or_path`"]]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are set, but the teacher is one of them. Leave the others out.")
+    for name in ("teacher_weights", "teacher_column"):
+        are_several = isinstance(teacher_model or args.teacher_models, list | tuple)
+        if not are_several and (value := getattr(args, name)) is not None:
+            raise ValueError(
+                f"`{name}` is {value!r}, but there are not several teachers. Pass a list of them as `teacher_model`, "
+                "or as `teacher_models` in the configuration; or leave it out."
+            )
+    if args.teacher_cache is None and args.eval_teacher_cache is not None:
         raise ValueError(
             "`eval_teacher_cache` is set without a `teacher_cache`, but a run asks either a teacher or its caches. "
             "Set both, or neither."
         )
-    if teacher_model is None:
+    clashing = {"`teacher_adapter`": args.teacher_adapter, "`teacher_device`": args.teacher_device}
+    found = [name for name, value in clashing.items() if value is not None]
+    if args.teacher_cache is not None and (found or args.teacher_models):
         raise ValueError(
-            "There is no teacher: `teacher_model` is None, and so are `teacher_model_name_or_path` and "
-            "`teacher_cache` in the configuration. Pass a model, a path or a Hub name, or a cache."
+            f"`teacher_cache` is set with {(found or ['`teacher_models`'])[0]}, but a cache takes the place of a "
+            "teacher that is asked. Leave one of them out."
         )
-    if not isinstance(student, str) and not isinstance(teacher_model, str):
+    if len(found) > 1:
+        raise ValueError(
+            f"`teacher_adapter` is set with `teacher_device` '{args.teacher_device}', but the teacher is then the "
+            "student's own base, where the student is. Leave one of them out."
+        )
+
+
+def _model_teacher(teacher_model: Any, args: Any, student: Any) -> LocalTeacher:
+    if not isinstance(student, str) and isinstance(teacher_model, torch.nn.Module):
         own = {id(module) for module in student.modules()}
         if any(id(module) in own for module in teacher_model.modules()):
             raise ValueError(
                 "Student and teacher share modules, so training one would change the other. Pass a second copy as the "
-                "teacher: its path, or `copy.deepcopy(model)`."
+                "teacher: its path, or `copy.deepcopy(model)`. If the student is an adapter on the teacher, set "
+                "`teacher_adapter='base'`."
             )
-    return LocalTeacher(teacher_model, args.teacher_model_init_kwargs)
+    return LocalTeacher(teacher_model, args.teacher_model_init_kwargs, args.teacher_device)
 
 
 def _cached_teacher(teacher_model: Any, args: Any) -> CachedTeacher:
@@ -61,44 +112,7 @@ def _cached_teacher(teacher_model: Any, args: Any) -> CachedTeacher:
     return teacher
 
 
-def ends_of(teacher: LocalTeacher | CachedTeacher, tokenizer: Any) -> list[int]:
-    """Ids by which the teacher ends a completion."""
-    if isinstance(teacher, CachedTeacher):
-        return teacher.eos_token_ids
-    return eos_token_ids(teacher.model, tokenizer)
-
-
-def cache_columns(teacher: LocalTeacher | CachedTeacher, args: Any, tokenizer: Any) -> Callable | None:
-    """What gives a prepared dataset its rows of the cache; `None` for a model."""
-    if not isinstance(teacher, CachedTeacher):
-        return None
-    caches = {True: teacher.cache, False: None}
-    if args.eval_teacher_cache is not None:
-        caches[False] = TeacherCache.open(args.eval_teacher_cache)
-    for cache in caches.values():
-        if cache is not None:
-            cache.check_tokenizer(tokenizer)
-
-    def add_columns(dataset: Any, came_as_ids: bool, name: str) -> Any:
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                f"The {name} dataset is a stream, but a teacher cache belongs to the rows of a dataset by their "
-                "number. Load it without streaming."
-            )
-        if "cache_row" in dataset.column_names:
-            return dataset  # `evaluate` prepares again what the constructor has prepared
-        cache = caches[name == "train"]
-        if cache is None:
-            raise ValueError(
-                f"There is a `teacher_cache` for training, but none for the {name} dataset, and no teacher to ask. "
-                "Write one with `trl-kd cache` and pass it as `eval_teacher_cache`, or leave out the evaluation."
-            )
-        return cache.with_rows(dataset).add_column("in_eval_cache", [name != "train"] * len(dataset))
-
-    return add_columns
-
-
-def with_cache(collator: KDCollator, teacher: LocalTeacher | CachedTeacher, args: Any) -> KDCollator:
+def with_cache(collator: KDCollator, teacher: Teacher, args: Any) -> KDCollator:
     """The collator that brings the teacher's tokens from the cache; as it is for a model."""
     if not isinstance(teacher, CachedTeacher):
         return collator
@@ -108,36 +122,70 @@ def with_cache(collator: KDCollator, teacher: LocalTeacher | CachedTeacher, args
     return CacheCollator(collator, teacher.cache, top_p, max_actions, eval_cache=args.eval_teacher_cache)
 
 
-def own_collator(data_collator: Any, collator: KDCollator) -> Any:
+def own_collator(data_collator: Any, collator: KDCollator, teacher: Teacher, args: Any) -> Any:
     """The caller's collator, if there is one that knows all that is needed; else the trainer's."""
-    if data_collator is not None and isinstance(collator, CacheCollator):
-        raise ValueError(
-            f"`data_collator` is a {type(data_collator).__name__}, but with a `teacher_cache` a batch has the "
-            "teacher's tokens too, which only the trainer's own collator adds. Leave it out."
-        )
-    return data_collator or collator
+    if data_collator is None:
+        return collator
+    if isinstance(collator, CacheCollator):
+        needed = "with a `teacher_cache` a batch has the teacher's tokens too"
+    elif isinstance(teacher, TeacherGroup) and teacher.column is not None:
+        needed = "with a `teacher_column` a batch says whose each row is"
+    elif args.teacher_system_prompt is not None and not isinstance(data_collator, KDCollator):
+        needed = "with a `teacher_system_prompt` a batch has the teacher's rows too"
+    else:
+        return data_collator
+    raise ValueError(
+        f"`data_collator` is a {type(data_collator).__name__}, but {needed}, which only the trainer's own collator "
+        "adds. Leave it out."
+    )
 
 
-def vocab_size(teacher: LocalTeacher | CachedTeacher, student_size: int, tokenizer: Any) -> int:
+def attach(teacher: Teacher, student: torch.nn.Module) -> None:
+    """Give a teacher that is a part of the student what it is a part of."""
+    if isinstance(teacher, SharedTeacher):
+        teacher.attach(student)
+
+
+def student_alone(teacher: Teacher) -> AbstractContextManager:
+    """What is saved inside of this is the student, without what belongs to the teacher."""
+    return teacher.left_out() if isinstance(teacher, SharedTeacher) else nullcontext()
+
+
+def vocab_size(teacher: Teacher, student_size: int, tokenizer: Any) -> int:
     """Number of tokens that student and teacher share."""
+    if isinstance(teacher, SharedTeacher):
+        return student_size
     if isinstance(teacher, CachedTeacher):  # which has checked the tokenizer itself
         return min(student_size, teacher.vocab_size)
+    if isinstance(teacher, TeacherGroup):
+        return min(vocab_size(each, student_size, tokenizer) for each in teacher.teachers)
     return shared_vocab_size(student_size, teacher.vocab_size, tokenizer, teacher.tokenizer())
 
 
-def read(
-    teacher: LocalTeacher | CachedTeacher, inputs: dict[str, torch.Tensor], selected: SelectedTokens
-) -> torch.Tensor | TopTokens:
+def parts_of(teacher: Teacher, inputs: dict[str, Any]) -> Iterator[tuple[float, dict[str, Any], dict[str, Any]]]:
+    """
+    Of each teacher that is asked about a batch: its weight, the rows that it reads, and the batch with the labels of
+    these rows alone. One that is alone has all.
+    """
+    if not isinstance(teacher, TeacherGroup):
+        yield 1.0, inputs, inputs
+        return
+    memory = {"student_hidden": {}, "whole": inputs}  # the student reads once
+    for each, weight, rows, labelled in teacher.parts(inputs):
+        yield weight, rows | {"teacher": each}, labelled | memory | {"teacher": each}
+
+
+def read(teacher: Teacher, inputs: dict[str, torch.Tensor], selected: SelectedTokens) -> torch.Tensor | TopTokens:
     """The teacher's hidden states at the trained tokens, `(N, H_t)`; of a cache, its most likely tokens."""
     if not isinstance(teacher, CachedTeacher):
-        return selected.of(teacher.hidden_states(**model_inputs(inputs)))
+        return selected.of(inputs.get("teacher", teacher).hidden_states(**model_inputs(inputs)))
     row, state = selected.rows // inputs["labels"].shape[1], selected.positions
     if selected.ends is not None:
         state = torch.cat([state, state[selected.ends] + 1])
     return inputs["teacher_ids"][row, state], inputs["teacher_log_probs"][row, state]
 
 
-def pair_of(teacher: LocalTeacher | CachedTeacher, said: torch.Tensor | TopTokens) -> dict[str, tuple]:
+def pair_of(teacher: Teacher, said: torch.Tensor | TopTokens) -> dict[str, tuple]:
     """Hidden states and head of a teacher that is a model."""
     return {} if isinstance(said, tuple) else {"teacher": (said, teacher.head)}
 

@@ -26,12 +26,13 @@ from trl_kd.losses import (
     weighted_sum,
 )
 from trl_kd.modules import LMHead
+from trl_kd.teachers import TeacherGroup
 from trl_kd.trainer.kd_trainer import _KDTrainer
 from trl_kd.trainer.objectives import OBJECTIVES, own_values
 from trl_kd.trainer.paths import path_slopes
 from trl_kd.trainer.second_text import SecondText
 from trl_kd.trainer.sparse_td_config import SparseTDConfig
-from trl_kd.trainer.sparse_td_warnings import check_second_text, say_what_is_trained
+from trl_kd.trainer.sparse_td_warnings import check_group, check_second_text, say_what_is_trained
 from trl_kd.trainer.target import make_target
 from trl_kd.trainer.tokens import SelectedTokens, TokenBatch, select_tokens
 from trl_kd.trainer.transitions import (
@@ -133,6 +134,8 @@ class SparseTDTrainer(_KDTrainer):
         self._ends = torch.tensor(self.eos_token_ids, device=self.accelerator.device)
         self.second_text = None if lm_dataset is None else SecondText(self, lm_dataset)
         check_second_text(self.args, lm_dataset)
+        if isinstance(self.teacher, TeacherGroup):
+            check_group(self.args, self.looks_ahead(), lm_dataset)
         self.target = make_target(self)
         say_what_is_trained(self.args, self.objective)
 

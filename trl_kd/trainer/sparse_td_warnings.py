@@ -65,6 +65,20 @@ def say_what_is_trained(args: Any, objective: Any) -> None:
         )
 
 
+def check_group(args: Any, looks_ahead: bool, lm_dataset: Any) -> None:
+    """Refuse several teachers where one has to be compared over a whole step, or on text that no column speaks of."""
+    if looks_ahead:
+        raise NotImplementedError(
+            "There are several teachers, but `path_consistency` compares whole rollouts with one. Take one teacher, "
+            "or other objectives."
+        )
+    if lm_dataset is not None and args.kd_ratio > 0:
+        raise NotImplementedError(
+            f"There are several teachers, but on `lm_dataset` with `kd_ratio` {args.kd_ratio} one is asked. Set "
+            "`kd_ratio=0.0`, or take one teacher."
+        )
+
+
 def check_second_text(args: Any, lm_dataset: Any) -> None:
     r"""
     Refuse a second text from which nothing would be learned, or that a cache has never seen.

@@ -135,6 +135,13 @@ def model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
 
 
+def teachers(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The teacher's part of a batch, by the names that its own batch would have."""
+    names = ("input_ids", "attention_mask", "labels")
+    kept = {name: inputs[name] for name in ("is_on_policy", "teacher") if name in inputs}
+    return {name: inputs[f"teacher_{name}"] for name in names} | kept
+
+
 def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Numbers of trained tokens by source, of shape (2,): off-policy, on-policy."""
     per_row = (inputs["labels"][:, 1:] != -100).sum(dim=1)

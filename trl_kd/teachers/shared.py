@@ -1,0 +1,212 @@
+"""A teacher that is the student's own base: its adapter switched off, or another adapter on the same weights."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from trl_kd import _compat
+from trl_kd.generation.rollouts import Sampling, generate_completions
+from trl_kd.modules.lm_head import LMHead, check_head, last_hidden_states
+
+
+# What the adapter is called in the student's model if it is loaded from files
+_NAME = "teacher"
+
+
+class SharedTeacher:
+    r"""
+    The base under the student's adapter as the teacher, so that one copy of the weights is in memory.
+
+    The student is trained through its adapter, so its base stays what it was. What the student's forward does is the
+    same before and after the teacher has been asked: active adapters, gradients, and training mode.
+
+    Args:
+        adapter (`str`):
+            `"base"` for the base without an adapter; else the name of an adapter that the student holds, or a folder
+            or Hub name of a saved one for the same base.
+    """
+
+    revision = None
+
+    def __init__(self, adapter: str):
+        self.adapter = adapter
+        self.model: Any = None
+        self._active = None if adapter == "base" else adapter
+        self._vocab_size: int | None = None
+        self._head: LMHead | None = None
+        self._autocast: Any = nullcontext
+
+    @property
+    def name(self) -> str:
+        """Path or Hub name: of the base, or of the adapter."""
+        if self._active is not None:
+            return self.adapter
+        return "" if self.model is None else _compat.config_model_id(self.model)
+
+    def tokenizer(self) -> None:
+        """None: it reads the student's tokens."""
+        return None
+
+    def ends(self, tokenizer: Any) -> list[int]:
+        """Ids that end its completions beside those of the student."""
+        return []
+
+    def attach(self, student: nn.Module) -> None:
+        r"""
+        Take the student's base for the teacher's, and load the adapter if there is one to load.
+
+        Args:
+            student ([`~peft.PeftModel`]):
+                The student.
+
+        Raises:
+            ValueError: If the student has no adapter, or the teacher's cannot be had.
+        """
+        if not _compat.is_peft_model(student):
+            raise ValueError(
+                f"`teacher_adapter` is '{self.adapter}', but the student has no adapter: it is trained as a whole, so "
+                "there is no base that stays as it was. Pass a `peft_config`, or a teacher of its own by "
+                "`teacher_model`."
+            )
+        self.model = student
+        if self._active is None:
+            return
+        if self.adapter in student.peft_config:
+            if self.adapter in student.base_model.active_adapters:
+                raise ValueError(
+                    f"`teacher_adapter` is '{self.adapter}', which is the adapter that is trained. Name another one, "
+                    "or 'base' for the base without adapters."
+                )
+        else:
+            self._active = _NAME
+            self._load(student)
+        for name, parameter in student.named_parameters():
+            if self._active in name.split("."):
+                parameter.requires_grad_(False)
+
+    def _load(self, student: nn.Module) -> None:
+        held = ", ".join(f"'{name}'" for name in student.peft_config)
+        if _NAME in student.peft_config:
+            raise ValueError(
+                f"`teacher_adapter` is '{self.adapter}', which would be loaded as '{_NAME}', but the student holds an "
+                "adapter of that name already. Name that one, or delete it."
+            )
+        try:
+            student.load_adapter(os.path.expanduser(self.adapter), adapter_name=_NAME, is_trainable=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`teacher_adapter` is '{self.adapter}', which could not be loaded: {error} Give 'base', an adapter "
+                f"that the student holds ({held}), or a folder or Hub name with an `adapter_config.json`."
+            ) from error
+        except RuntimeError as error:  # sizes that do not match
+            raise ValueError(
+                f"`teacher_adapter` is '{self.adapter}', but it does not fit the student's base: "
+                f"{str(error).splitlines()[-1].strip()} An adapter belongs to the model that it was trained on. Take "
+                "one of the same base, or a teacher of its own by `teacher_model`."
+            ) from error
+
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """The model is the teacher inside of this, and the student as it was afterwards."""
+        model, modes = self.model, [module for module in self.model.modules() if module.training]
+        # PEFT gives every parameter of an adapter the same flag when it is switched
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        active = list(model.base_model.active_adapters)
+        model.eval()
+        try:
+            if self._active is None:
+                with model.disable_adapter():
+                    yield
+            else:
+                try:
+                    model.base_model.set_adapter(self._active)
+                    yield
+                finally:
+                    model.base_model.set_adapter(active)
+        finally:
+            for parameter, flag in trained:
+                parameter.requires_grad_(flag)
+            for module in modes:
+                module.training = True
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """The student's files are the student's: an adapter that was loaded or named is not saved with it."""
+        configs = self.model.peft_config
+        kept = configs.pop(self._active) if self._active is not None else None
+        try:
+            yield
+        finally:
+            if kept is not None:
+                configs[self._active] = kept
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows of its head, padding included."""
+        return self.model.get_output_embeddings().out_features
+
+    def prepare(self, accelerator: Any, vocab_size: int | None = None) -> None:
+        r"""
+        Look at the head once; the weights are where the student's are.
+
+        Args:
+            accelerator ([`~accelerate.Accelerator`]):
+                The trainer's accelerator.
+            vocab_size (`int`, *optional*):
+                Size that its head is cut to.
+
+        Raises:
+            NotImplementedError: If weights may be sharded (FSDP, DeepSpeed), or the adapter sits on the head.
+        """
+        if accelerator.distributed_type in ("DEEPSPEED", "FSDP"):
+            raise NotImplementedError(
+                "`teacher_adapter` asks the student's own weights a second time in a step, which DeepSpeed and FSDP "
+                "may have put away by then; this has not been run. Use DDP or one GPU, or a teacher of its own."
+            )
+        self._vocab_size, self._autocast = vocab_size, accelerator.autocast
+        with self.speaking(), accelerator.autocast(), torch.no_grad():
+            check_head(self.model, "teacher")
+            head = LMHead.of(self.model).detach()
+        self._head = head if vocab_size is None else head.cut(vocab_size)
+
+    @property
+    def head(self) -> LMHead:
+        """Output head, detached, cut to the shared vocabulary: the base's own weight, not a copy."""
+        return self._head
+
+    @property
+    def heads(self) -> list[LMHead]:
+        """The same in a list."""
+        return [self._head]
+
+    def input_embeddings(self) -> torch.Tensor:
+        """Weight of the input embeddings `(V, H)`, as the teacher reads them."""
+        with self.speaking():
+            return _compat.plain_weight(self.model.get_input_embeddings()).detach()
+
+    @torch.no_grad()
+    def hidden_states(self, **inputs: torch.Tensor) -> torch.Tensor:
+        r"""
+        Last hidden states of the base under the teacher's adapter, or under none.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`):
+                As of [`LocalTeacher.hidden_states`].
+
+        Returns:
+            `torch.Tensor` of shape `(B, S, H_t)`
+        """
+        with self.speaking():
+            return last_hidden_states(self.model, **inputs)
+
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, pad_token_id: int, eos_token_ids: list[int], seed: int
+    ) -> list[list[int]]:
+        """Completions that it writes, as in [`~generation.generate_completions`]."""
+        with self.speaking(), self._autocast():
+            special = (pad_token_id, eos_token_ids)
+            return generate_completions(self.model, prompts, sampling, *special, seed, self._vocab_size)
