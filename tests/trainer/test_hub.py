@@ -58,3 +58,25 @@ def test_push_during_training_sends_checkpoints_when_they_are_complete(tokenizer
     assert len(checkpoints) == 2
     for sent in checkpoints:
         assert {MARKER, "trl_kd_auxiliary.pt", "optimizer.pt", "rng_state.pth"} <= sent
+
+
+@pytest.mark.parametrize("is_pushed", [False, True])
+def test_no_token_is_in_what_is_saved_and_the_run_keeps_it(tokenizer, tmp_path, hub, is_pushed):
+    student, teacher = pair(tokenizer)
+    kwargs = {"hub_token": "hf_secret", "teacher_model_init_kwargs": {"token": "hf_secret", "dtype": "float32"}}
+    args = config(tmp_path, save_strategy="steps", save_steps=1, push_to_hub=is_pushed, **kwargs)
+    trainer = ProjectingTrainer(student, teacher, args, tiny_dataset(), processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.args.hub_token == "hf_secret" and trainer.args.teacher_model_init_kwargs["token"] == "hf_secret"
+    saved = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.name == "training_args.bin" for path in saved) == 3
+    assert not [path for path in saved if b"hf_secret" in path.read_bytes()]
+    assert bool(hub.uploads) == is_pushed
+
+
+def test_resume_from_a_name_that_is_not_on_the_hub_raises(tokenizer, tmp_path):
+    student, teacher = pair(tokenizer)
+    trainer = ProjectingTrainer(student, teacher, config(tmp_path), tiny_dataset(), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="`nobody/nothing`, which is neither a folder nor a repository on the Hub"):
+        trainer.train(resume_from_checkpoint="nobody/nothing")

@@ -114,3 +114,24 @@ def test_other_tokenizer_is_refused_and_dskd_is_named(method, small_tokenizer, t
     trainer = make("dskd", tmp_path, student, path, tiny_dataset(), small_tokenizer)
     trainer.train()
     assert trainer.is_dual and logged(trainer, "kd/off_policy/tokens")[0] > 0
+
+
+def test_token_that_no_model_has_a_row_for_is_no_reason_to_refuse(tmp_path, caplog):
+    """Gemma 3's text models have no row for the image token of their tokenizer, the last of its ids."""
+    tokenizer = make_tokenizer(vocab_size=SMALL)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert tokenizer.get_vocab()["<image>"] == SMALL
+    student, path = models(tokenizer, SMALL, SMALL, tmp_path / "teacher")
+    trainer = make("amm", tmp_path, student, path, tokenizer=tokenizer)
+    assert trainer.vocab_size == SMALL
+    assert "The student has no row for '<image>', which its tokenizer adds" in caplog.text
+    # A student that has the row would lose it to such a teacher
+    student, _ = models(tokenizer, LARGE, SMALL, tmp_path / "other")
+    with pytest.raises(ValueError, match="but the smaller head has 351 rows, so '<image>' could never be learned"):
+        make("amm", tmp_path, student, path, tokenizer=tokenizer)
+
+
+def test_word_that_the_student_has_no_row_for_is_refused(small_tokenizer, tmp_path):
+    student, path = models(small_tokenizer, SMALL - 1, LARGE, tmp_path / "teacher")
+    with pytest.raises(ValueError, match="The tokenizer has ids up to 350, but the smaller head has 350 rows"):
+        make("amm", tmp_path, student, path, tokenizer=small_tokenizer)

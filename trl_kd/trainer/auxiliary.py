@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from safetensors.torch import save_file
 from transformers import TrainerCallback, get_scheduler
 
 
@@ -99,6 +100,11 @@ class AuxiliaryModules:
         path = os.path.join(folder, AUXILIARY_FILE)
         torch.save(state, path + ".tmp")
         os.replace(path + ".tmp", path)
+
+    def export(self, folder: str) -> None:
+        """Write the modules alone, for other programs."""
+        os.makedirs(folder, exist_ok=True)
+        save_file(self.modules.state_dict(), os.path.join(folder, "auxiliary.safetensors"))
 
     def load(self, folder: str) -> None:
         r"""

@@ -3,9 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 from trl_kd._compat import rotate_checkpoints
@@ -15,6 +18,8 @@ logger = logging.get_logger(__name__)
 
 MARKER = "trl_kd_complete.json"
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
+_REPOSITORY = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
+_ON_HUB = "last-checkpoint"
 
 
 def is_complete(folder: str) -> bool:
@@ -64,16 +69,47 @@ def save_whole(trainer: Any, folder: str, save: Callable[[], None]) -> None:
         rotate_checkpoints(os.path.dirname(folder), limit, trainer.state.best_model_checkpoint)
 
 
-def resolve(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
+@contextmanager
+def without_secrets(args: Any) -> Iterator[None]:
+    """
+    The arguments are written beside the student (`training_args.bin`) and pushed with it: without tokens, inside of
+    this.
+    """
+    token, args.hub_token = args.hub_token, None
+    kwargs = {name: getattr(args, name) for name in ("model_init_kwargs", "teacher_model_init_kwargs")}
+    for name, value in kwargs.items():
+        if value is not None:
+            setattr(args, name, {key: entry for key, entry in value.items() if key != "token"})
+    try:
+        yield
+    finally:
+        args.hub_token = token
+        for name, value in kwargs.items():
+            setattr(args, name, value)
+
+
+def _download(name: str, token: str | None) -> str:
+    """The newest checkpoint that a run has pushed to the Hub (`hub_strategy="checkpoint"`)."""
+    try:
+        folder = snapshot_download(name, allow_patterns=f"{_ON_HUB}/*", token=token)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ValueError(
+            f"`resume_from_checkpoint` is `{name}`, which is neither a folder nor a repository on the Hub that can be "
+            f"read: {error} Name a checkpoint of this run, or pass True to take the newest complete one."
+        ) from error
+    return os.path.join(folder, _ON_HUB)
+
+
+def resolve(resume_from_checkpoint: str | bool | None, args: Any) -> str | None:
     r"""
     The checkpoint to resume from.
 
     Args:
         resume_from_checkpoint (`str` or `bool`, *optional*):
-            A folder; or `True` (or `"true"`, as on a command line) for the newest complete checkpoint of the output
-            folder.
-        output_dir (`str`):
-            The output folder.
+            A folder; the name of a repository on the Hub, whose `last-checkpoint` is downloaded; or `True` (or
+            `"true"`, as on a command line) for the newest complete checkpoint of the output folder.
+        args ([`KDConfig`]):
+            Configuration, with the output folder and perhaps a token for the Hub.
 
     Returns:
         `str`, or `None` to start from the beginning.
@@ -85,6 +121,8 @@ def resolve(resume_from_checkpoint: str | bool | None, output_dir: str) -> str |
         return None
     if str(resume_from_checkpoint).lower() != "true":
         folder = str(resume_from_checkpoint)
+        if not os.path.isdir(folder) and _REPOSITORY.match(folder):
+            folder = _download(folder, args.hub_token)
         if not os.path.isdir(folder):
             raise ValueError(
                 f"`resume_from_checkpoint` is `{folder}`, which is not a folder. Name a checkpoint of this run, or "
@@ -97,6 +135,7 @@ def resolve(resume_from_checkpoint: str | bool | None, output_dir: str) -> str |
                 "the newest complete checkpoint."
             )
         return folder
+    output_dir = args.output_dir
     names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
     steps = sorted((int(match.group(1)), name) for name in names if (match := _FOLDER.match(name)))
     folders = [os.path.join(output_dir, name) for _, name in steps]

@@ -1,14 +1,13 @@
 """The base of all trainers: what Transformers requires, and nothing that a paper says."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors.torch import save_file
 
 from trl_kd import _compat
+from trl_kd.checks.finding import Finding
 from trl_kd.data import KDCollator
 from trl_kd.generation import Sampling, eos_token_ids
 from trl_kd.losses import LinearLoss
@@ -25,6 +24,7 @@ from trl_kd.trainer.teacher_columns import teacher_columns
 from trl_kd.trainer.tokens import (
     SelectedTokens,
     TokenBatch,
+    count_step,
     count_tokens,
     model_inputs,
     select_tokens,
@@ -178,9 +178,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
                 batches, self.state.global_step, self.write_with_student, self.write_with_teacher
             )
             self._sums["train"].add_rollouts(self.rollouts.last_completions, self.eos_token_ids)
-        counts = torch.stack([count_tokens(batch) for batch in batches]).sum(dim=0).to(device)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
+        counts = count_step(batches, self.accelerator, device)
         for source, count in zip(("off_policy", "on_policy"), counts, strict=True):
             self._sums["train"].add(f"kd/{source}/tokens", count)
         for batch in batches:
@@ -203,12 +201,10 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
                 return loss, model(**model_inputs(inputs))
         return loss
 
-    def observe(
-        self, loss: torch.Tensor, hidden: torch.Tensor, said: Any, values: dict, is_on_policy: torch.Tensor
-    ) -> None:
+    def observe(self, loss: torch.Tensor, hidden: torch.Tensor, said: Any, values: dict, on_policy: Any) -> None:
         """Keep what a micro-batch has shown, for the log and against numbers that are not finite."""
         self._health.watch(loss, hidden, said)
-        self._sums["train" if self.model.training else "eval"].add_by_source(values, is_on_policy)
+        self._sums["train" if self.model.training else "eval"].add_by_source(values, on_policy)
 
     def read_tokens(self, student: nn.Module, inputs: dict, selected: SelectedTokens, teacher_said: Any) -> TokenBatch:
         """The student's forward; only valid inside of the forward of its wrapper."""
@@ -263,15 +259,23 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
                 log_completions(self, self.rollouts.last_prompts, self.rollouts.last_completions)
         super().log(logs, start_time)
 
+    def check(self, **kwargs: Any) -> list[Finding]:
+        """What `trl-kd check` says of this run, as of [`check.run_check`]; everything stays as it is."""
+        from trl_kd.trainer.check import run_check
+
+        return run_check(self, **kwargs)
+
     # Saving and resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, self.args.output_dir)
+        resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        with sources.student_alone(self.teacher):
-            super().save_model(*args, **kwargs)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with sources.student_alone(self.teacher), checkpoints.without_secrets(self.args):
+            super().save_model(output_dir, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def checkpoint(self, folder: str, save: Callable[[], None]) -> None:
         """Save by `save`, then declare the folder complete, and only then delete older ones."""
@@ -289,10 +293,8 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
     def save_auxiliary(self, folder: str) -> None:
         """Export the auxiliary modules as `auxiliary.safetensors`; a saved or pushed student holds none of them."""
         if self.args.should_save and self.auxiliary:
-            os.makedirs(folder, exist_ok=True)
-            save_file(self.auxiliary.modules.state_dict(), os.path.join(folder, "auxiliary.safetensors"))
+            self.auxiliary.export(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            model_card.add_distillation_section(self)
+        model_card.add_distillation_section(self)

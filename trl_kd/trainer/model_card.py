@@ -56,6 +56,8 @@ def add_distillation_section(trainer: Any) -> None:
         trainer ([`_KDTrainer`]):
             The trainer, whose output folder has a `README.md`.
     """
+    if not trainer.is_world_process_zero():
+        return
     path = os.path.join(trainer.args.output_dir, "README.md")
     student = _compat.config_model_id(trainer.model)
     settings = settings_of(trainer.args, with_auxiliary=bool(trainer.auxiliary.joint_parameters()))

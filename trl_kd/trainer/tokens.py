@@ -1,6 +1,7 @@
 """From a batch of rows to the tokens that a loss is computed on."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -147,6 +148,12 @@ def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     per_row = (inputs["labels"][:, 1:] != -100).sum(dim=1)
     on_policy = inputs["is_on_policy"]
     return torch.stack([(per_row * ~on_policy).sum(), (per_row * on_policy).sum()])
+
+
+def count_step(batches: list[dict[str, torch.Tensor]], accelerator: Any, device: torch.device) -> torch.Tensor:
+    """The same over the micro-batches of an optimizer step and all ranks."""
+    counts = torch.stack([count_tokens(batch) for batch in batches]).sum(dim=0).to(device)
+    return accelerator.reduce(counts, reduction="sum") if accelerator.num_processes > 1 else counts
 
 
 def token_weights(
