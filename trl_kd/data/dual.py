@@ -1,6 +1,7 @@
 """The same text in the tokens of two models: rows and batches that carry both."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,16 @@ class DualCollator(KDCollator):
         shared = min(len(ours), len(theirs))
         partner[ours[:shared]] = theirs[:shared]
         return partner
+
+    def coverage(self, rows: Iterable[dict[str, Any]]) -> float:
+        """Share of the student's trained tokens that have a partner; of the prompts', where these stand alone."""
+        found = total = 0
+        for row in rows:
+            if all(label == -100 for label in row["labels"]):
+                row = row | {"labels": row["input_ids"], "teacher_labels": row["teacher_input_ids"]}
+            found += int((self.partners(row) >= 0).sum())
+            total += sum(label != -100 for label in row["labels"][1:])
+        return found / max(total, 1)
 
 
 def _forget_turns(row: dict[str, Any], num_turns: int) -> None:

@@ -67,19 +67,39 @@ def shared_vocab_size(
     return shared
 
 
+def tokens_beyond(tokenizer: Any, student_size: int, shared: int) -> tuple[list[str], list[str]]:
+    r"""
+    Tokens of a tokenizer for which the shared rows of two heads have no place.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's tokenizer.
+        student_size (`int`):
+            Rows of the student's head.
+        shared (`int`):
+            Rows that both heads have.
+
+    Returns:
+        `tuple[list[str], list[str]]`: tokens that would be lost; and added ones that the student has no row for to
+        begin with, so that nothing is lost with them. (Gemma 3 counts an image token that its text models have no row
+        for.)
+    """
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= shared}
+    rowless = {token for token, index in beyond.items() if index >= student_size} & set(tokenizer.get_added_vocab())
+    return sorted(beyond.keys() - rowless, key=beyond.get), sorted(rowless, key=beyond.get)
+
+
 def _check_no_token_is_lost(tokenizer: Any, student_size: int, shared: int) -> None:
     """Refuse a cut through the tokens that texts are written with; say which ones have no row to begin with."""
-    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= shared}
-    # Gemma 3 counts an image token that its text models have no row for
-    rowless = {token for token, index in beyond.items() if index >= student_size} & set(tokenizer.get_added_vocab())
-    if lost := sorted(beyond.keys() - rowless, key=beyond.get):
+    lost, rowless = tokens_beyond(tokenizer, student_size, shared)
+    if lost:
         raise ValueError(
-            f"The tokenizer has ids up to {max(beyond.values())}, but the smaller head has {shared} rows, so "
-            f"{', '.join(map(repr, lost[:3]))} could never be learned. Resize the embeddings of the smaller model to "
-            "the tokenizer."
+            f"The tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but the smaller head has {shared} "
+            f"rows, so {', '.join(map(repr, lost[:3]))} could never be learned. Resize the embeddings of the smaller "
+            "model to the tokenizer."
         )
     if rowless:
         logger.warning(
-            f"The student has no row for {', '.join(map(repr, sorted(rowless)[:3]))}, which its tokenizer adds: a "
-            "text with such a token would fail. Keep it out of the data."
+            f"The student has no row for {', '.join(map(repr, rowless[:3]))}, which its tokenizer adds: a text with "
+            "such a token would fail. Keep it out of the data."
         )

@@ -154,7 +154,7 @@ def choose_alignment(args: Any, dataset: Any, collator: DualCollator) -> str:
     Raises:
         ValueError: If exact alignment is asked for, and no token has a partner.
     """
-    share = coverage(islice(dataset, _SAMPLE), collator)
+    share = collator.coverage(islice(dataset, _SAMPLE))
     told = f"exact alignment reaches {share:.0%} of the student's tokens"
     if collator.by == "index":
         logger.info("The vocabularies differ; tokens are compared by their number in the completion.")
@@ -175,17 +175,6 @@ def choose_alignment(args: Any, dataset: Any, collator: DualCollator) -> str:
     reason = "" if args.alignment == "eta" else f", {how} `min_coverage` ({args.min_coverage:.0%})"
     logger.warning(f"The vocabularies of student and teacher differ; {told}{reason}: `alignment='{chosen}'`.")
     return chosen
-
-
-def coverage(rows: Any, collator: DualCollator) -> float:
-    """Share of the student's trained tokens that have a partner; of the prompts' tokens, where these stand alone."""
-    found = total = 0
-    for row in rows:
-        if all(label == -100 for label in row["labels"]):
-            row = row | {"labels": row["input_ids"], "teacher_labels": row["teacher_input_ids"]}
-        found += int((collator.partners(row) >= 0).sum())
-        total += sum(label != -100 for label in row["labels"][1:])
-    return found / max(total, 1)
 
 
 def shared_vocabulary(collator: DualCollator, sizes: tuple[int, int]) -> tuple[np.ndarray, tuple]:

@@ -66,13 +66,23 @@ def add_distillation_section(trainer: Any) -> None:
         f"### Distillation\n\n"
         f"- Method: {trainer._name}, with trl_kd {version('trl_kd')}\n"
         f"- Teacher: {_teacher(trainer)}\n"
-        f"- Student before distillation: {_named(student)}\n"
+        f"- Student before distillation: {_named(student)}{_bits(trainer.model)}\n"
         f"- Objective: {trainer._objective}\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n\n"
     )
     card = ModelCard.load(path)
     card.text = card.text.replace(_MARK, section + _MARK, 1)
     card.save(path)
+
+
+def _bits(model: Any) -> str:
+    """How the weights under an adapter were rounded: `trl-kd export` has to merge it into the same ones."""
+    if not _compat.is_quantised(model):
+        return ""
+    given = model.config.to_dict()["quantization_config"]
+    names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    kept = [f"{name}: {given[name]}" for name in names if given.get(name)]
+    return f", quantised (`{', '.join(kept) or given.get('quant_method')}`)"
 
 
 def _teacher(trainer: Any) -> str:
