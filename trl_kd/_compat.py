@@ -102,6 +102,24 @@ def keep_4bit_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def keep_8bit_scales(model: nn.Module) -> None:
+    """
+    Keep 8-bit layers alive under DoRA on a CPU.
+
+    PEFT 0.21 dequantises them in each forward, and on a CPU puts their weights back without the scales that
+    bitsandbytes has moved elsewhere, so that the second forward finds none ("'NoneType' object has no attribute
+    'dtype'").
+    """
+
+    def forget_copy(module: nn.Module, args: Any) -> None:
+        if module.weight.CB is not None and module.weight.SCB is None:  # the layer's own state still has both
+            module.weight.CB = None
+
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes") and type(module).__name__ == "Linear8bitLt":
+            module.register_forward_pre_hook(forget_copy)
+
+
 def dequantised(model: nn.Module) -> nn.Module:
     """
     The model with the values of its bitsandbytes weights in plain float32 weights.
@@ -223,16 +241,19 @@ def mend_adapter(model: nn.Module) -> None:
 
     TRL casts all that QLoRA trains to bfloat16. A whole head or embeddings of tokens in it do not fit hidden states of
     float32, and their updates are lost in rounding (TRL's issue 7268, for DoRA): these take back the dtype of the
-    student's plain weights. And PEFT's wrapper of a head with trained tokens does not say how many rows it has.
+    student's plain weights. And PEFT's wrapper of a head with trained tokens does not say how large it is.
     """
     if not is_peft_model(model):
         return
+    keep_8bit_scales(model)
     head = model.get_output_embeddings()
     if type(head).__name__ == "TrainableTokensWrapper":
-        head.out_features = head.original_module.out_features
+        head.in_features, head.out_features = head.original_module.in_features, head.original_module.out_features
+    if not is_quantised(model):
+        return
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
     for name, parameter in model.named_parameters():
-        if is_quantised(model) and parameter.requires_grad and ("modules_to_save" in name or "token_adapter" in name):
+        if parameter.requires_grad and ("modules_to_save" in name or "token_adapter" in name):
             parameter.data = parameter.data.to(dtype)
 
 

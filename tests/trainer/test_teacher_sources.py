@@ -187,7 +187,7 @@ def test_named_adapter_as_teacher_equals_a_copy_with_it(method, is_held, target,
     expected = step(method, tmp_path / "1", student_of(base), teacher, tokenizer=tokenizer, max_steps=2)
     student, adapter = student_of(base), str(tmp_path / "adapter")
     if is_held:
-        student.load_adapter(adapter, adapter_name="other")
+        student.load_adapter(adapter, adapter_name="other", is_trainable=True)
         adapter = "other"
     options = {"teacher_adapter": adapter, "max_steps": 2}
     found = step(method, tmp_path / "2", student, tokenizer=tokenizer, **options)
