@@ -16,9 +16,12 @@ from tests.distributed.worker import (
     NUMBERS,
     SPARSE_NUMBERS,
     SPARSE_RUNS,
+    TEACHER_NUMBERS,
+    TEACHERS,
     VLLM_RUNS,
     run_dual,
     run_sparse,
+    run_teachers,
 )
 from tests.trainer.runs import ProjectingTrainer, config, logged, pair, tiny_dataset
 from trl_kd import AMMTrainer
@@ -92,6 +95,16 @@ def test_two_ranks_on_sets_have_the_gradient_norm_of_one(tmp_path):
         for name in known:
             # Rounding is another, and grows from step to step
             assert len(one[name]) == 3 and report[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+        assert report["weights"] == other["weights"]
+
+
+def test_two_ranks_with_other_teachers_have_the_gradient_norm_of_one(tmp_path):
+    first, second = launch("teachers", tmp_path)
+    for source, report, other in zip(TEACHERS, first, second, strict=True):
+        one = run_teachers(tmp_path / "one", source, per_device_train_batch_size=4)
+        for name in TEACHER_NUMBERS:
+            # Rounding is another, and grows from step to step
+            assert len(one[name]) == 3 and report[name] == pytest.approx(one[name], rel=1e-4), (source, name)
         assert report["weights"] == other["weights"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests import conftest  # noqa: F401  (environment and threads)
@@ -80,6 +80,8 @@ SPARSE_RUNS = [
     | {"objectives": {"sqil": 1.0}, "returns": "lambda", "truncation": "bootstrap", "target_ema": 0.5}
     | {"second": True, "lm_weight": 0.5, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
 ]
+TEACHERS = ["base", "routed"]
+TEACHER_NUMBERS = ["loss", "grad_norm", "kd/off_policy/total_variation", "kd/on_policy/total_variation"]
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random"}
 
 
@@ -147,6 +149,28 @@ def run_sparse(folder: Path, second: bool = False, **overrides) -> dict:
     return report_of(trainer, SPARSE_NUMBERS)
 
 
+def run_teachers(folder: Path, source: str, **overrides) -> dict:
+    """Train with the student's base as the teacher, or with a teacher for each row; what it logged and ended with."""
+    tokenizer = make_tokenizer()
+    student, teacher = pair(tokenizer)
+    options = {"temperature": 0.0, "learning_rate": 1e-3, "max_steps": 3, "lmbda": 0.5} | overrides
+    rows, teachers = list(tiny_dataset()), None
+    if source == "base":
+        options["teacher_adapter"] = "base"
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+            student = get_peft_model(student, lora)
+    else:  # rank 0 has rows of the first teacher alone, rank 1 of the second
+        options |= {"teacher_column": "source"}
+        rows = [row | {"source": index // 2 % 2} for index, row in enumerate(rows)]
+        teachers = [teacher, pair(tokenizer, teacher_seed=5)[1]]
+    args = config(folder, **options)
+    trainer = AMMTrainer(student, teachers, args, Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.train()
+    return report_of(trainer, TEACHER_NUMBERS)
+
+
 def run_vllm(folder: Path, mode: str, lmbda: float, temperature: float = 0.0) -> dict:
     """Train with a stand-in for vLLM, two rows per step; what this rank asked for, and what its engine wrote."""
     tokenizer = make_tokenizer()
@@ -176,6 +200,8 @@ def main(scenario: str, folder: Path) -> None:
         reports = [run_dual(folder, **options) for options in DUAL_RUNS]
     elif scenario == "sparse":
         reports = [run_sparse(folder, **options) for options in SPARSE_RUNS]
+    elif scenario == "teachers":
+        reports = [run_teachers(folder, source, per_device_train_batch_size=2) for source in TEACHERS]
     elif scenario == "norm":
         reports = [run(folder, max_steps=2, temperature=0.0, learning_rate=1e-3)]
         reports += [run(folder, kind=CRITIC_KIND, temperature=0.0, learning_rate=1e-4, **game) for game in GAMES]

@@ -3,8 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -67,25 +66,6 @@ def save_whole(trainer: Any, folder: str, save: Callable[[], None]) -> None:
     if args.should_save:
         mark(folder, trainer.state.global_step)
         rotate_checkpoints(os.path.dirname(folder), limit, trainer.state.best_model_checkpoint)
-
-
-@contextmanager
-def without_secrets(args: Any) -> Iterator[None]:
-    """
-    The arguments are written beside the student (`training_args.bin`) and pushed with it: without tokens, inside of
-    this.
-    """
-    token, args.hub_token = args.hub_token, None
-    kwargs = {name: getattr(args, name) for name in ("model_init_kwargs", "teacher_model_init_kwargs")}
-    for name, value in kwargs.items():
-        if value is not None:
-            setattr(args, name, {key: entry for key, entry in value.items() if key != "token"})
-    try:
-        yield
-    finally:
-        args.hub_token = token
-        for name, value in kwargs.items():
-            setattr(args, name, value)
 
 
 def _download(name: str, token: str | None) -> str:

@@ -1,5 +1,6 @@
 """Configuration that all distillation trainers share."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -398,6 +399,25 @@ class KDConfig(SFTConfig):
                 "a packed row holds several prompts and cannot be continued by a rollout. Set `packing=False`, or "
                 "train off-policy: `lmbda=0` with completions from the dataset."
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled, as `training_args.bin` beside the student, may be pushed with it: no token is in it."""
+        state = vars(self) | {"hub_token": None}
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            if isinstance(state[name], dict):
+                state[name] = {key: value for key, value in state[name].items() if key != "token"}
+        return state
+
+    def __copy__(self) -> "KDConfig":
+        """A copy in this process keeps its tokens."""
+        own = object.__new__(type(self))
+        vars(own).update(vars(self))
+        return own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KDConfig":
+        own = object.__new__(type(self))
+        vars(own).update(copy.deepcopy(vars(self), memo))
+        return own
 
     def check_cache(self, cache: Any) -> None:
         """Refuse a teacher cache that holds less than is asked for."""

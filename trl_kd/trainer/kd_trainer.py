@@ -271,11 +271,9 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with sources.student_alone(self.teacher), checkpoints.without_secrets(self.args):
-            super().save_model(output_dir, _internal_call=True)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with sources.student_alone(self.teacher):
+            super().save_model(*args, **kwargs)
 
     def checkpoint(self, folder: str, save: Callable[[], None]) -> None:
         """Save by `save`, then declare the folder complete, and only then delete older ones."""
