@@ -13,8 +13,10 @@ COMMANDS = {
     "amm": "distil a teacher into a student by adversarial moment matching",
     "dskd": "distil a teacher into a student by dual-space distillation, also across tokenizers",
     "sparse-td": "distil a teacher into a student on the teacher's likeliest tokens, also from a cache of them",
+    "check": "say whether a run fits and starts right, before it starts, and what to change if not",
     "generate": "let a teacher write the completions for the prompts of a dataset",
     "cache": "write a teacher's likeliest tokens for a dataset to disk, to train without the teacher",
+    "export": "merge an adapter into a full model, checked, for llama.cpp, vLLM and plain Transformers",
     "eval": "compare teacher, student before and students after, with error bars, and keep what was found",
     "report": "one page of what training and evaluation found, to look at in a browser",
     "bench": "compare methods over seeds at equal budgets of student tokens, from one configuration",
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             launch(script_module(command), launch_arguments, arguments)
             return 0
 
-    # Only `eval` has something to say by its status
+    # What `eval` and `check` have found is in their status
     return importlib.import_module(script_module(command)).run(arguments, prog=f"trl-kd {command}") or 0
 
 

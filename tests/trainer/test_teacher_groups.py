@@ -116,14 +116,19 @@ def test_routed_rollouts_keep_their_teacher(tokenizer, tmp_path, teachers):
 def test_evaluation_with_several_teachers_averages_over_tokens(tokenizer, tmp_path, teachers):
     rows = Dataset.from_list([row | {"source": index % 2} for index, row in enumerate(tiny_dataset(4))])
     trainer = make("amm", tmp_path, pair(tokenizer)[0], teachers, rows, tokenizer, teacher_column="source", lmbda=0.0)
-    values, counts = [], []
+    values, counts, losses = [], [], []
     for number, teacher in enumerate(teachers):
         own = rows.filter(lambda row, number=number: row["source"] == number)
         alone = make("amm", tmp_path, pair(tokenizer)[0], copy.deepcopy(teacher), own, tokenizer, lmbda=0.0)
         values.append(alone.evaluate(own)["eval_loss"])
+        batch = next(iter(alone.get_eval_dataloader(alone.prepare_data(own, "eval"))))
+        losses.append(alone.compute_loss(alone.model, batch))
         counts.append(sum(label != -100 for row in alone.train_dataset for label in row["labels"][1:]))
     expected = sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
     assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    batch = next(iter(trainer.get_eval_dataloader(trainer.prepare_data(rows, "eval"))))
+    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

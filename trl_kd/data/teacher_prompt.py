@@ -83,10 +83,11 @@ class TeacherPrompt:
     revision: str = _REVISION
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        own = ("input_ids", "labels", "prompt_length", "completion", "truncated")
-        view = teacher_view({k: v for k, v in row.items() if k not in own[:3]}, self.system_prompt)
-        found = self.formatter({name: value for name, value in view.items() if name not in own})
-        ids, dropped = found["input_ids"], found[DROPPED]
+        own = ("input_ids", "labels", "prompt_length", "truncated")
+        # With the completion, as the student's: what a template writes for an answer may begin otherwise than what it
+        # asks for one by (`<think>`)
+        found = self.formatter(teacher_view({k: v for k, v in row.items() if k not in own}, self.system_prompt))
+        ids, dropped = found["input_ids"][: found["prompt_length"]], found[DROPPED]
         length = len(ids) + len(row["input_ids"]) - row["prompt_length"]
         if not dropped and self.max_length is not None and length > self.max_length:
             dropped = NO_ROOM

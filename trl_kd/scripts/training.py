@@ -18,20 +18,9 @@ def train(
     dataset_args: "DatasetMixtureConfig",
 ) -> None:
     """Train, save, and push to the Hub if asked to."""
-    from trl import get_peft_config, get_quantization_config
-
     set_model_init_kwargs(training_args, model_args)
-    train_dataset, eval_dataset = load_datasets(script_args, training_args, dataset_args)
-    trainer = trainer_class(
-        model=model_args.model_name_or_path,
-        teacher_model=training_args.teacher_model_name_or_path,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        # The student's: it must not be in `model_init_kwargs` too. The teacher has `teacher_model_init_kwargs`.
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    datasets = load_datasets(script_args, training_args, dataset_args)
+    trainer = build_trainer(trainer_class, training_args, model_args, *datasets)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.accelerator.print("Training completed.")
 
@@ -45,17 +34,48 @@ def train(
     trainer.end()
 
 
+def build_trainer(
+    trainer_class: type, training_args: "KDConfig", model_args: "ModelConfig", train_dataset, eval_dataset=None
+):
+    """The trainer of a command, whose options `set_model_init_kwargs` has handed to the models."""
+    from trl import get_peft_config, get_quantization_config
+
+    return trainer_class(
+        model=model_args.model_name_or_path,
+        teacher_model=training_args.teacher_model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        # The student's: it must not be in `model_init_kwargs` too. The teacher has `teacher_model_init_kwargs`.
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
 def check_arguments(script_args, training_args, model_args, dataset_args) -> None:
     """Refuse a command that names no student, no teacher and no cache, or not exactly one source of data."""
+    check_models(training_args, model_args)
+    check_data(script_args, dataset_args)
+
+
+def check_models(training_args: "KDConfig", model_args: "ModelConfig") -> None:
+    """Refuse a command that names no student, or no teacher and no cache."""
     if model_args.model_name_or_path is None:
         raise ValueError(
             "`model_name_or_path` is not set, but distillation needs a student. Pass `--model_name_or_path`."
         )
-    if training_args.teacher_model_name_or_path is None and training_args.teacher_cache is None:
+    sources = ("teacher_model_name_or_path", "teacher_models", "teacher_adapter", "teacher_cache")
+    if all(vars(training_args)[name] is None for name in sources):
         raise ValueError(
-            "`teacher_model_name_or_path` is not set, and neither is `teacher_cache`, but distillation needs a "
-            "teacher. Pass `--teacher_model_name_or_path`, or `--teacher_cache` with a folder of `trl-kd cache`."
+            "`teacher_model_name_or_path` is not set, and neither are `teacher_adapter`, `teacher_models` and "
+            "`teacher_cache`, but distillation needs a teacher. Pass `--teacher_model_name_or_path`, "
+            "`--teacher_adapter base` for the student's own base, or `--teacher_cache` with a folder of "
+            "`trl-kd cache`."
         )
+
+
+def check_data(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig") -> None:
+    """Refuse a command that names not exactly one source of data."""
     if bool(script_args.dataset_name) == bool(dataset_args.datasets):
         given = "both are set" if script_args.dataset_name else "neither is set"
         raise ValueError(

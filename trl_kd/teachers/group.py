@@ -59,23 +59,16 @@ class TeacherGroup:
     @property
     def name(self) -> str:
         """Names of all."""
-        return ", ".join(teacher.name for teacher in self.teachers)
+        return ", ".join(self.names)
 
     def ends(self, tokenizer: Any) -> list[int]:
         """Ids by which any of them ends a completion."""
         return sorted({token for teacher in self.teachers for token in teacher.ends(tokenizer)})
 
-    def number_of(self, value: Any) -> int:
-        """Number of the teacher that a row's column names."""
-        names = [teacher.name for teacher in self.teachers]
-        if value in names:
-            return names.index(value)
-        if isinstance(value, int) and 0 <= value < len(names):
-            return value
-        raise ValueError(
-            f"The column `{self.column}` of a row is {value!r}, but the teachers are {', '.join(map(repr, names))}. "
-            f"Put in one of these names, or a number from 0 to {len(names) - 1}."
-        )
+    @property
+    def names(self) -> list[str]:
+        """The name of each."""
+        return [teacher.name for teacher in self.teachers]
 
     def parts(self, inputs: dict[str, Any]) -> Iterator[tuple[LocalTeacher, float, dict[str, Any], dict[str, Any]]]:
         r"""
@@ -118,3 +111,33 @@ class TeacherGroup:
             f"Completions are to be written by the teacher, but there are {len(self.teachers)}. Let each write its "
             "part beforehand with `trl-kd generate`, or set `lmbda=1`, so that the student writes all of them."
         )
+
+
+def teacher_index(row: dict[str, Any], column: str, names: list[str]) -> dict[str, int]:
+    r"""
+    Number of the teacher that a row names. This is the function given to `map`: apart from the group, since `datasets`
+    hashes all that a function holds, and that would be the teachers' weights.
+
+    Args:
+        row (`dict[str, Any]`):
+            Row of a dataset.
+        column (`str`):
+            Column with a teacher's number or name.
+        names (`list[str]`):
+            Names of the teachers.
+
+    Returns:
+        `dict[str, int]`: the new column `teacher_index`.
+
+    Raises:
+        ValueError: If there is no such teacher.
+    """
+    value = row[column]
+    if value in names:
+        return {"teacher_index": names.index(value)}
+    if isinstance(value, int) and 0 <= value < len(names):
+        return {"teacher_index": value}
+    raise ValueError(
+        f"The column `{column}` of a row is {value!r}, but the teachers are {', '.join(map(repr, names))}. Put in one "
+        f"of these names, or a number from 0 to {len(names) - 1}."
+    )

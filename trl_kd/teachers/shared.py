@@ -16,6 +16,9 @@ from trl_kd.modules.lm_head import LMHead, check_head, last_hidden_states
 # What the adapter is called in the student's model if it is loaded from files
 _NAME = "teacher"
 
+# Starts of LoRA that take out of the base's weights what they put into the adapter
+_TAKING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 class SharedTeacher:
     r"""
@@ -64,7 +67,7 @@ class SharedTeacher:
                 The student.
 
         Raises:
-            ValueError: If the student has no adapter, or the teacher's cannot be had.
+            ValueError: If the student has no adapter, its adapter changes the base, or the teacher's cannot be had.
         """
         if not _compat.is_peft_model(student):
             raise ValueError(
@@ -73,6 +76,12 @@ class SharedTeacher:
                 "`teacher_model`."
             )
         self.model = student
+        for config in student.peft_config.values():
+            self._check_config(config)
+        adapters = set(student.peft_config)
+        for name, parameter in student.named_parameters():
+            if parameter.requires_grad and not adapters & set(name.split(".")):
+                self._refuse(f"`{name}` is trained")
         if self._active is None:
             return
         if self.adapter in student.peft_config:
@@ -89,25 +98,53 @@ class SharedTeacher:
                 parameter.requires_grad_(False)
 
     def _load(self, student: nn.Module) -> None:
-        held = ", ".join(f"'{name}'" for name in student.peft_config)
+        from peft import PeftConfig
+
+        held, path = ", ".join(f"'{name}'" for name in student.peft_config), os.path.expanduser(self.adapter)
         if _NAME in student.peft_config:
             raise ValueError(
                 f"`teacher_adapter` is '{self.adapter}', which would be loaded as '{_NAME}', but the student holds an "
                 "adapter of that name already. Name that one, or delete it."
             )
         try:
-            student.load_adapter(os.path.expanduser(self.adapter), adapter_name=_NAME, is_trainable=False)
+            config = PeftConfig.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"`teacher_adapter` is '{self.adapter}', which could not be loaded: {error} Give 'base', an adapter "
                 f"that the student holds ({held}), or a folder or Hub name with an `adapter_config.json`."
             ) from error
-        except RuntimeError as error:  # sizes that do not match
+        self._check_config(config)  # such an adapter changes the student's base when it is loaded
+        try:
+            student.load_adapter(path, adapter_name=_NAME, is_trainable=False)
+        except KeyError as error:  # PEFT 0.21 looks for trained tokens in every adapter of a model that has some
+            raise ValueError(
+                f"`teacher_adapter` is '{self.adapter}', which has no {error}: the student trains single tokens "
+                "(`trainable_token_indices`), and PEFT loads no adapter without them beside it. Train its embeddings "
+                "by an adapter, or pass a teacher of its own by `teacher_model`."
+            ) from error
+        except (OSError, RuntimeError, ValueError) as error:  # sizes that do not match, targets that are not there
             raise ValueError(
                 f"`teacher_adapter` is '{self.adapter}', but it does not fit the student's base: "
                 f"{str(error).splitlines()[-1].strip()} An adapter belongs to the model that it was trained on. Take "
                 "one of the same base, or a teacher of its own by `teacher_model`."
             ) from error
+        _compat.mend_head(student)
+
+    def _check_config(self, config: Any) -> None:
+        """Refuse an adapter that comes with changes of the base."""
+        settings = config.to_dict()
+        start, bias = settings.get("init_lora_weights"), settings.get("bias", "none")
+        if str(start).lower().startswith(_TAKING):
+            self._refuse(f"an adapter has `init_lora_weights` '{start}', which takes from the base's weights")
+        if bias != "none":
+            self._refuse(f"an adapter has `bias` '{bias}', so that the base's own are trained")
+
+    def _refuse(self, found: str) -> None:
+        raise ValueError(
+            f"`teacher_adapter` is '{self.adapter}', but {found}: the base under the adapters is then not the model "
+            "that it was. Train an adapter that leaves the base alone, or pass a teacher of its own by "
+            "`teacher_model`."
+        )
 
     @contextmanager
     def speaking(self) -> Iterator[None]:

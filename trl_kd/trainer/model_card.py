@@ -61,7 +61,7 @@ def add_distillation_section(trainer: Any) -> None:
     path = os.path.join(trainer.args.output_dir, "README.md")
     student = _compat.config_model_id(trainer.model)
     settings = settings_of(trainer.args, with_auxiliary=bool(trainer.auxiliary.joint_parameters()))
-    rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in settings.items())
+    rows = "\n".join(f"| `{key}` | {_cell(value)} |" for key, value in settings.items())
     section = (
         f"### Distillation\n\n"
         f"- Method: {trainer._name}, with trl_kd {version('trl_kd')}\n"
@@ -73,6 +73,12 @@ def add_distillation_section(trainer: Any) -> None:
     card = ModelCard.load(path)
     card.text = card.text.replace(_MARK, section + _MARK, 1)
     card.save(path)
+
+
+def _cell(value: Any) -> str:
+    """A value as code in a table, which a system prompt with lines, pipes and backticks would break."""
+    text = " ".join(str(value).split()).replace("|", "\\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def _bits(model: Any) -> str:

@@ -67,18 +67,19 @@ def _check_one_teacher(teacher_model: Any, args: Any) -> None:
             "`eval_teacher_cache` is set without a `teacher_cache`, but a run asks either a teacher or its caches. "
             "Set both, or neither."
         )
-    clashing = {"`teacher_adapter`": args.teacher_adapter, "`teacher_device`": args.teacher_device}
-    found = [name for name, value in clashing.items() if value is not None]
-    if args.teacher_cache is not None and (found or args.teacher_models):
+    names = [name for name in ("teacher_adapter", "teacher_device", "teacher_models") if getattr(args, name)]
+    names += ["teacher_model"] if isinstance(teacher_model, list | tuple) else []
+    if args.teacher_cache is not None and names:
         raise ValueError(
-            f"`teacher_cache` is set with {(found or ['`teacher_models`'])[0]}, but a cache takes the place of a "
-            "teacher that is asked. Leave one of them out."
+            f"`teacher_cache` is set with `{names[0]}`, but a cache takes the place of a teacher that is asked. Leave "
+            "one of them out."
         )
-    if len(found) > 1:
-        raise ValueError(
-            f"`teacher_adapter` is set with `teacher_device` '{args.teacher_device}', but the teacher is then the "
-            "student's own base, where the student is. Leave one of them out."
-        )
+    for name in ("teacher_device", "teacher_model_init_kwargs"):
+        if args.teacher_adapter is not None and (value := getattr(args, name)):
+            raise ValueError(
+                f"`teacher_adapter` is set with `{name}` {value!r}, but the teacher is then the student's own base, "
+                "as it is and where it is. Leave one of them out."
+            )
 
 
 def _model_teacher(teacher_model: Any, args: Any, student: Any) -> LocalTeacher:
@@ -171,8 +172,11 @@ def parts_of(teacher: Teacher, inputs: dict[str, Any]) -> Iterator[tuple[float, 
         yield 1.0, inputs, inputs
         return
     memory = {"student_hidden": {}, "whole": inputs}  # the student reads once
-    for each, weight, rows, labelled in teacher.parts(inputs):
-        yield weight, rows | {"teacher": each}, labelled | memory | {"teacher": each}
+    for number, (each, weight, rows, labelled) in enumerate(teacher.parts(inputs)):
+        own = labelled | memory | {"teacher": each}
+        if number > 0:
+            own.pop("second", None)  # a text that none of them is asked about counts once
+        yield weight, own if rows is labelled else rows | {"teacher": each}, own
 
 
 def read(teacher: Teacher, inputs: dict[str, torch.Tensor], selected: SelectedTokens) -> torch.Tensor | TopTokens:

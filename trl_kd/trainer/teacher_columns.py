@@ -8,6 +8,7 @@ from datasets import IterableDataset
 from trl_kd._compat import context_length
 from trl_kd.data import TeacherPrompt, map_rows, row_formatter
 from trl_kd.teachers import CachedTeacher, LocalTeacher, SharedTeacher, TeacherCache, TeacherGroup
+from trl_kd.teachers.group import teacher_index
 from trl_kd.trainer.sources import Teacher
 
 
@@ -25,7 +26,12 @@ def teacher_columns(teacher: Teacher, args: Any, tokenizer: Any, eos_ids: list[i
                 f"`teacher_column` is '{teacher.column}', but the {name} dataset has no such column. Add it, with the "
                 "number or the name of each row's teacher."
             )
-        return dataset.map(lambda row: {"teacher_index": teacher.number_of(row[teacher.column])})
+        if args.packing or args.eval_packing:
+            raise ValueError(
+                f"`teacher_column` is '{teacher.column}' and `packing` is True, but a packed row holds texts of "
+                "several teachers. Set `packing=False`, or let all teachers have every row (`teacher_weights`)."
+            )
+        return dataset.map(teacher_index, fn_kwargs={"column": teacher.column, "names": teacher.names})
 
     def add_prompts(dataset: Any, came_as_ids: bool, name: str) -> Any:
         row = next(iter(dataset))
@@ -37,7 +43,8 @@ def teacher_columns(teacher: Teacher, args: Any, tokenizer: Any, eos_ids: list[i
         longest = None if isinstance(teacher, SharedTeacher) else _context(teacher)
         function = TeacherPrompt(formatter, args.teacher_system_prompt, longest)
         num_proc = None if isinstance(dataset, IterableDataset) else args.dataset_num_proc
-        return map_rows(dataset, function, longest, num_proc, name, f"Writing the teacher's prompts of {name} dataset")
+        description = f"Writing the teacher's prompts of {name} dataset"
+        return map_rows(dataset, function, longest, num_proc, name, description, "max_position_embeddings")
 
     return add_columns
 
