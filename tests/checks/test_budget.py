@@ -156,6 +156,19 @@ def test_smallest_change_leaves_out_what_others_make_unneeded(run, monkeypatch):
     assert change.count("`--") == 2 and "--teacher_cache FOLDER" in change
 
 
+def test_smallest_change_comes_near_the_limit_where_nothing_stays_below_it(run, monkeypatch):
+    def plan(run):
+        return MemoryPlan({}, {"student": 95 if run.args.per_device_train_batch_size < 8 else 120})
+
+    monkeypatch.setattr(subject, "plan_memory", plan)
+    (change,) = smallest_change(run(per_device_train_batch_size=8), 100)
+    assert options([change])[0].startswith("--per_device_train_batch_size 4") and change.endswith("near the limit")
+    # What is near it already has nothing to gain
+    assert smallest_change(run(per_device_train_batch_size=4), 100) == []
+    finding = memory_finding(run(per_device_train_batch_size=4), 100, "a card")
+    assert finding.verdict == "careful" and "watch the first steps" in finding.fix
+
+
 def test_smallest_change_knows_nothing_for_a_tiny_budget(run):
     run = run()
     assert smallest_change(run, 1000) == []

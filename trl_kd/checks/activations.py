@@ -31,9 +31,6 @@ Marks = dict[str, Bytes]
 class LiveBytes(TorchDispatchMode):
     r"""
     Counts the bytes of all tensors that are alive, by what they are for, and keeps the largest count.
-
-    Note:
-        `torch.distributed._tools.mem_tracker` does the same for real modules. It is private, and has other categories.
     """
 
     def __init__(self):

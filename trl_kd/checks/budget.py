@@ -15,6 +15,8 @@ from trl_kd.checks.memory import MemoryPlan, PlannedRun, plan_memory
 # Share of the budget above which a run that fits by its plan may not: the plan is good to 15 %, and much of that is in
 # its reserve already
 CAREFUL_SHARE = 0.9
+# Bytes below which states that may leave are no news
+_WORTH_A_WORD = 2**30 // 20
 # Cards are sold by it: one of 24 GB has 24 GiB, less what the driver keeps
 GIB = 2**30
 _NOTHING_HELPS = (
@@ -77,9 +79,17 @@ def smallest_change(run: PlannedRun, budget: int) -> list[str]:
         `list[str]`: options to set, each enough by itself, in that order; if none is, several options together in one
         string. Empty if the run fits as it is, and if nothing that is known here makes it fit.
     """
-    limit = CAREFUL_SHARE * _left(run, budget)
-    if plan_memory(run).peak <= limit:
+    left, peak = _left(run, budget), plan_memory(run).peak
+    if peak <= CAREFUL_SHARE * left:
         return []
+    if found := _enough(run, CAREFUL_SHARE * left):
+        return found
+    # Nearly full is better than not at all
+    return [f"{options}, which comes near the limit" for options in _enough(run, left)] if peak > left else []
+
+
+def _enough(run: PlannedRun, limit: float) -> list[str]:
+    """Changes that are enough each by itself; else several together."""
     enough = []
     for make in _CHANGES:
         change = next((c for c in make(run) if plan_memory(c.run).peak <= limit), None)
@@ -151,12 +161,14 @@ def memory_finding(run: PlannedRun, budget: int, device_name: str) -> Finding:
         f"The run takes {gib(plan.peak)} of the {gib(budget)} of {device_name}{taken} ({plan.peak / left:.0%}), most "
         f"of it in the phase '{plan.phase}'."
     )
-    if plan.pageable:
+    if plan.pageable >= _WORTH_A_WORD:
         text += f" The optimizer's states, {gib(plan.pageable)}, go to host memory when they find no room."
     fix = ""
     if verdict != "fine":
         changes = smallest_change(run, budget)
         fix = "Set " + "; or ".join(changes) + "." if changes else _NOTHING_HELPS
+        if verdict == "careful" and not changes:
+            fix = "Close what else uses the device, and watch the first steps."
     values = {
         "peak": plan.peak,
         "budget": left,
