@@ -241,25 +241,20 @@ def mend_adapter(model: nn.Module) -> None:
 
     TRL casts all that QLoRA trains to bfloat16. A whole head or embeddings of tokens in it do not fit hidden states of
     float32, and their updates are lost in rounding (TRL's issue 7268, for DoRA): these take back the dtype of the
-    student's plain weights.
+    student's plain weights. And PEFT's wrapper of a head with trained tokens does not say how large it is.
     """
     if not is_peft_model(model):
         return
     keep_8bit_scales(model)
-    mend_head(model)
+    head = model.get_output_embeddings()
+    if type(head).__name__ == "TrainableTokensWrapper":
+        head.in_features, head.out_features = head.original_module.in_features, head.original_module.out_features
     if not is_quantised(model):
         return
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ("modules_to_save" in name or "token_adapter" in name):
             parameter.data = parameter.data.to(dtype)
-
-
-def mend_head(model: nn.Module) -> None:
-    """Tell PEFT 0.21's wrapper of a head with trained tokens how large it is; it does not say so itself."""
-    head = model.get_output_embeddings()
-    if type(head).__name__ == "TrainableTokensWrapper":
-        head.in_features, head.out_features = head.original_module.in_features, head.original_module.out_features
 
 
 @contextmanager

@@ -96,6 +96,23 @@ def test_routed_rows_are_compared_with_their_own_teacher(method, by, accumulatio
     assert_same(found, added(runs, shares), rel=1e-5)
 
 
+@pytest.mark.parametrize("column", [None, "source"])
+def test_text_of_the_language_model_term_counts_once(column, tokenizer, tmp_path, teachers):
+    rows = Dataset.from_list([row | {"source": index % 2} for index, row in enumerate(tiny_dataset(4))])
+    options = {"lm_weight": 1.0, "kd_ratio": 0.0, "lmbda": 0.0, "more": {"lm_dataset": tiny_dataset(8)}}
+    expected = step("td", tmp_path, pair(tokenizer)[0], copy.deepcopy(teachers[0]), rows, tokenizer, **options)
+    group = [copy.deepcopy(teachers[0]) for _ in range(2)]
+    found = step("td", tmp_path, pair(tokenizer)[0], group, rows, tokenizer, teacher_column=column, **options)
+    assert_same(found, expected, rel=1e-5)
+
+
+def test_datasets_hashes_no_weights_of_the_teachers(tokenizer, tmp_path, teachers, monkeypatch):
+    pickled, rows = [], Dataset.from_list([row | {"source": 0} for row in tiny_dataset(4)])
+    monkeypatch.setattr(type(teachers[0]), "__getstate__", lambda self: pickled.append(self) or vars(self))
+    make("amm", tmp_path, pair(tokenizer)[0], teachers, rows, tokenizer, teacher_column="source")
+    assert not pickled
+
+
 def test_routed_rollouts_keep_their_teacher(tokenizer, tmp_path, teachers):
     rows = [row | {"source": index % 2} for index, row in enumerate(tiny_dataset(4))]
     options = {"teacher_column": "source", "lmbda": 1.0, "on_policy_weight": 1.0}
@@ -135,13 +152,15 @@ def test_evaluation_with_several_teachers_averages_over_tokens(tokenizer, tmp_pa
     ("options", "source", "error", "message"),
     [
         ({"teacher_column": "source"}, 2, ValueError, "The column `source` of a row is 2, but the teachers are"),
+        ({"teacher_column": "source"}, "", ValueError, "Put in a name that one of them alone has, or a number"),
         ({"teacher_column": "else"}, 0, ValueError, "`teacher_column` is 'else', but the train dataset has no such"),
         ({"teacher_weights": [1.0]}, 0, ValueError, r"`teacher_weights` is \[1.0\] for 2 teachers"),
         ({"teacher_weights": [1.0, -1.0]}, 0, ValueError, "each has a weight above 0"),
         ({"teacher_weights": [1.0, 1.0], "teacher_column": "source"}, 0, ValueError, "either all teachers or one"),
         ({"critic": "value_head"}, 0, NotImplementedError, "compares the student with one teacher over the whole"),
         ({"on_policy_gradient": "full"}, 0, NotImplementedError, "compares the student with one teacher over the"),
-        ({"teacher_cache": "c"}, 0, ValueError, "`teacher_cache`"),
+        ({"teacher_cache": "c"}, 0, ValueError, "`teacher_cache` is set with `teacher_model`"),
+        ({"teacher_column": "source", "packing": True, "lmbda": 0.0}, 0, ValueError, "a packed row holds texts of"),
     ],
 )
 def test_several_teachers_that_cannot_work_raise(options, source, error, message, tokenizer, tmp_path, teachers):
@@ -351,6 +370,7 @@ def test_teacher_prompt_beyond_the_teacher_s_context_drops_the_row(tokenizer, tm
     trainer = make("amm", tmp_path, *pair(tokenizer), rows, tokenizer)
     assert len(trainer.train_dataset) == 1
     assert "the teacher's own prompt leaves no room for a completion in its context (1 rows)" in caplog.text
+    assert "Raise `max_position_embeddings` (now 512 tokens)" in caplog.text
 
 
 def test_lora_student_with_its_base_as_teacher_and_a_hint_learns_to_do_without(tokenizer, tmp_path):

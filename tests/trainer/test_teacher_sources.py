@@ -34,7 +34,7 @@ class Gradients(TrainerCallback):
         self.steps.append(found)
 
 
-def make(method, folder, student, teacher=None, dataset=None, tokenizer=None, peft=None, **options):
+def make(method, folder, student, teacher=None, dataset=None, tokenizer=None, peft=None, more=None, **options):
     trainer_class, config_class = TRAINERS[method]
     settings = config(folder).to_dict()
     kept = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "max_completion_length")
@@ -42,7 +42,7 @@ def make(method, folder, student, teacher=None, dataset=None, tokenizer=None, pe
     kept += ("max_grad_norm", "train_sampling_strategy")
     args = config_class(**({name: settings[name] for name in kept} | {"max_steps": 1, "lmbda": 0.5} | options))
     dataset = dataset or tiny_dataset()
-    return trainer_class(student, teacher, args, dataset, processing_class=tokenizer, peft_config=peft)
+    return trainer_class(student, teacher, args, dataset, processing_class=tokenizer, peft_config=peft, **(more or {}))
 
 
 def step(method, folder, student, teacher=None, dataset=None, tokenizer=None, **options):
@@ -263,6 +263,32 @@ def test_model_card_names_the_base_as_the_teacher(tokenizer, tmp_path, student_p
     assert str(student_path) not in card
 
 
+def test_answer_after_both_prompts_begins_alike(tokenizer, tmp_path, conversational_dataset):
+    """Also where a template asks for an answer by more (`<think>`) than it writes before one that is there."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template += "{%- if add_generation_prompt -%}{{- '<think>' -}}{%- endif -%}"
+    rows, options = conversational_dataset.select(range(2)), {"teacher_system_prompt": "s", "lmbda": 0.0}
+    trainer = make("amm", tmp_path, *pair(tokenizer), rows, tokenizer, **options)
+    text = tokenizer.decode(next(iter(trainer.get_train_dataloader()))["teacher_input_ids"].flatten())
+    assert "assistant\nThe fox is red." in text and "<think>" not in text
+
+
+def test_collator_that_would_drop_the_teacher_s_prompt_raises(tokenizer, tmp_path):
+    rows = tiny_dataset(4).add_column("teacher_prompt", ["a"] * 4)
+    with pytest.raises(
+        ValueError, match="`data_collator` is a function, but with `teacher_system_prompt` or a column"
+    ):
+        make("amm", tmp_path, *pair(tokenizer), rows, tokenizer, more={"data_collator": lambda rows: rows})
+
+
+def test_model_card_s_table_survives_a_system_prompt(tokenizer, tmp_path, conversational_dataset):
+    options = {"teacher_system_prompt": "Be `brief` | kind.\n\n# Rules", "lmbda": 0.0}
+    trainer = make("amm", tmp_path, *pair(tokenizer), conversational_dataset, tokenizer, **options)
+    trainer.train()
+    trainer.create_model_card()
+    assert "| `teacher_system_prompt` | `` Be `brief` \\| kind. # Rules `` |\n" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -272,11 +298,56 @@ def test_model_card_names_the_base_as_the_teacher(tokenizer, tmp_path, student_p
         ({"teacher_adapter": "base", "teacher_models": ["a", "b"]}, "`teacher_adapter` and `teacher_models` are set"),
         ({"teacher_adapter": "base", "teacher_cache": "c"}, "`teacher_cache` is set with `teacher_adapter`"),
         ({"teacher_column": "x", "teacher_adapter": "base"}, "`teacher_column` is 'x', but there are not several"),
+        (
+            {"teacher_adapter": "base", "teacher_model_init_kwargs": {"dtype": "auto"}},
+            "with `teacher_model_init_kwargs`",
+        ),
     ],
 )
 def test_teacher_adapter_that_cannot_work_raises(options, message, tokenizer, tmp_path, base):
     with pytest.raises(ValueError, match=message):
         make("amm", tmp_path, student_of(base), tokenizer=tokenizer, **options)
+
+
+def test_arguments_that_the_command_line_hands_to_both_models_are_accepted(tokenizer, tmp_path, base):
+    shared = {"trust_remote_code": False, "attn_implementation": "sdpa"}
+    options = {"teacher_adapter": "base", "teacher_model_init_kwargs": shared}
+    make("amm", tmp_path, student_of(base), tokenizer=tokenizer, **options)
+
+
+@pytest.mark.parametrize("lora", [{"init_lora_weights": "pissa"}, {"bias": "all"}, {"target_modules": ["q_proj"]}])
+def test_adapter_that_changes_the_base_raises(lora, tokenizer, tmp_path, base):
+    """Without the adapter, its base would be another model than the teacher is meant to be, without a word."""
+    student = student_of(base, **lora)
+    if len(lora) == 1 and "target_modules" in lora:
+        student.get_base_model().model.norm.weight.requires_grad_(True)
+    message = next(
+        (f"an adapter has `{name}` '{lora[name]}'" for name in lora if name != "target_modules"), "is trained"
+    )
+    with pytest.raises(ValueError, match=f"{message}.* the base under the adapters is then not the model"):
+        make("amm", tmp_path, student, tokenizer=tokenizer, teacher_adapter="base")
+    if message == "is trained":
+        return
+    student.save_pretrained(tmp_path / "adapter")
+    other = student_of(base)
+    before = weights(other)
+    with pytest.raises(ValueError, match=message):
+        make("amm", tmp_path, other, tokenizer=tokenizer, teacher_adapter=str(tmp_path / "adapter"))
+    assert same(weights(other), before), "it is refused before it is loaded"
+
+
+def test_teacher_s_trained_tokens_of_a_tied_head_are_its_own(tokenizer, tmp_path):
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    base = make_model("llama", len(tokenizer), tied=True, seed=1, **ids)
+    student_of(base, seed=8, trainable_token_indices=[5, 6]).save_pretrained(tmp_path / "adapter")
+    teacher = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    expected = step("amm", tmp_path / "1", student_of(base), teacher, tokenizer=tokenizer)
+    options = {"teacher_adapter": str(tmp_path / "adapter")}
+    assert_same(step("amm", tmp_path / "2", student_of(base), tokenizer=tokenizer, **options), expected)
+    student = student_of(base, trainable_token_indices=[5])
+    student_of(base).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="the student trains single tokens .* PEFT loads no adapter without them"):
+        make("amm", tmp_path, student, tokenizer=tokenizer, teacher_adapter=str(tmp_path / "plain"))
 
 
 def test_adapter_of_another_base_raises(tokenizer, tmp_path, base):

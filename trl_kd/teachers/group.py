@@ -133,11 +133,11 @@ def teacher_index(row: dict[str, Any], column: str, names: list[str]) -> dict[st
         ValueError: If there is no such teacher.
     """
     value = row[column]
-    if value in names:
+    if value != "" and names.count(value) == 1:  # models in memory have no name, or all the name of one base
         return {"teacher_index": names.index(value)}
     if isinstance(value, int) and 0 <= value < len(names):
         return {"teacher_index": value}
     raise ValueError(
-        f"The column `{column}` of a row is {value!r}, but the teachers are {', '.join(map(repr, names))}. Put in one "
-        f"of these names, or a number from 0 to {len(names) - 1}."
+        f"The column `{column}` of a row is {value!r}, but the teachers are {', '.join(map(repr, names))}. Put in a "
+        f"name that one of them alone has, or a number from 0 to {len(names) - 1}."
     )

@@ -66,6 +66,7 @@ class LocalTeacher:
         self.model.requires_grad_(False)
         self.model.eval()
         _compat.keep_4bit_layout(self.model)
+        _compat.mend_adapter(self.model)
         self._input_device = None
         self._vocab_size = None
         self._head = None

@@ -72,7 +72,7 @@ class _KDTrainer(_compat.hooked_sft_trainer()):
         tokenizer = setup.own_tokenizer(processing_class, model, args, source)
         self.eos_token_ids = eos_token_ids(model, tokenizer, **source)
         self.prepare_data, collator = self.set_up_text(args, tokenizer, formatting_func, train_dataset)
-        collator = sources.own_collator(data_collator, collator, self.teacher, args)
+        collator = sources.own_collator(data_collator, collator, self.teacher, args, train_dataset)
         self.row_format = collator if isinstance(collator, KDCollator) else KDCollator(tokenizer.pad_token_id)
         train_dataset = self.prepare_data(train_dataset, "train", is_training=True)
         eval_dataset = self.prepare_data(eval_dataset, "eval")

@@ -22,6 +22,8 @@ from trl_kd.trainer.tokens import SelectedTokens, model_inputs
 # Ids and log-probabilities of the teacher's most likely tokens, both `(N, K)`
 TopTokens = tuple[torch.Tensor, torch.Tensor]
 
+_OF_BOTH = ("trust_remote_code", "attn_implementation")
+
 # Every source of the teacher's distributions
 Teacher = LocalTeacher | SharedTeacher | TeacherGroup | CachedTeacher
 
@@ -74,8 +76,10 @@ def _check_one_teacher(teacher_model: Any, args: Any) -> None:
             f"`teacher_cache` is set with `{names[0]}`, but a cache takes the place of a teacher that is asked. Leave "
             "one of them out."
         )
-    for name in ("teacher_device", "teacher_model_init_kwargs"):
-        if args.teacher_adapter is not None and (value := getattr(args, name)):
+    # Of both models' arguments, which the command line hands on to both, the student's are what counts
+    own = {key: value for key, value in (args.teacher_model_init_kwargs or {}).items() if key not in _OF_BOTH}
+    for name, value in {"teacher_device": args.teacher_device, "teacher_model_init_kwargs": own}.items():
+        if args.teacher_adapter is not None and value:
             raise ValueError(
                 f"`teacher_adapter` is set with `{name}` {value!r}, but the teacher is then the student's own base, "
                 "as it is and where it is. Leave one of them out."
@@ -123,16 +127,17 @@ def with_cache(collator: KDCollator, teacher: Teacher, args: Any) -> KDCollator:
     return CacheCollator(collator, teacher.cache, top_p, max_actions, eval_cache=args.eval_teacher_cache)
 
 
-def own_collator(data_collator: Any, collator: KDCollator, teacher: Teacher, args: Any) -> Any:
+def own_collator(data_collator: Any, collator: KDCollator, teacher: Teacher, args: Any, dataset: Any) -> Any:
     """The caller's collator, if there is one that knows all that is needed; else the trainer's."""
     if data_collator is None:
         return collator
+    has_own_prompt = args.teacher_system_prompt is not None or "teacher_prompt" in next(iter(dataset or []), {})
     if isinstance(collator, CacheCollator):
         needed = "with a `teacher_cache` a batch has the teacher's tokens too"
     elif isinstance(teacher, TeacherGroup) and teacher.column is not None:
         needed = "with a `teacher_column` a batch says whose each row is"
-    elif args.teacher_system_prompt is not None and not isinstance(data_collator, KDCollator):
-        needed = "with a `teacher_system_prompt` a batch has the teacher's rows too"
+    elif has_own_prompt and not isinstance(data_collator, KDCollator):
+        needed = "with `teacher_system_prompt` or a column `teacher_prompt` a batch has the teacher's rows too"
     else:
         return data_collator
     raise ValueError(

@@ -241,7 +241,7 @@ class SparseTDTrainer(_KDTrainer):
             tail_weight -= weight
         elif evaluates:
             terms["set_forward_kl"] = Term(set_forward_kl, on_set)
-        if args.lm_weight > 0 and tokens.second is None:
+        if args.lm_weight > 0 and (self.second_text is None or evaluates):
             terms |= self._language_model(tokens)
         if args.tail_weight > 0 or evaluates or terms:  # where the whole distribution is there, for the log at least
             weights = tail_weight * tokens.weights if tail_weight != 0 else None

@@ -39,7 +39,8 @@ def teacher_columns(teacher: Teacher, args: Any, tokenizer: Any, eos_ids: list[i
             return dataset
         check_own_prompt(args, came_as_ids, name)
         raw = {key: value for key, value in row.items() if key not in ("input_ids", "labels", "prompt_length")}
-        formatter = row_formatter(raw, tokenizer, max_length=None, eos_token_ids=eos_ids, name=name)
+        options = {"text_field": args.dataset_text_field, "eos_token_ids": eos_ids, "name": name}
+        formatter = row_formatter(raw, tokenizer, max_length=None, **options)
         longest = None if isinstance(teacher, SharedTeacher) else _context(teacher)
         function = TeacherPrompt(formatter, args.teacher_system_prompt, longest)
         num_proc = None if isinstance(dataset, IterableDataset) else args.dataset_num_proc
