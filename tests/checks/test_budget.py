@@ -176,6 +176,23 @@ def test_smallest_change_knows_nothing_for_a_tiny_budget(run):
     assert finding.verdict == "stop" and "smaller student" in finding.fix
 
 
+@pytest.mark.parametrize(("critic", "offered"), [("exact", True), ("value_head", False)])
+def test_what_no_option_makes_fit_is_offered_a_cache_only_where_it_can_be(run, critic, offered):
+    fix = memory_finding(run(lmbda=0.0, critic=critic), 2**10, "a card").fix
+    assert "No option makes it fit" in fix and "a smaller teacher" in fix
+    assert ("trl-kd cache" in fix) == offered
+
+
+def test_frozen_weights_in_float32_are_offered_in_bfloat16(run):
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2)
+    wide = replace(run(), device_type="cuda", peft_config=lora, student_dtype=torch.float32)
+    (change,) = subject._half_weights(wide)
+    assert "--dtype bfloat16" in change.options and change.run.student_dtype == torch.bfloat16
+    narrow, full = (plan_memory(each).components["weights"] for each in (change.run, wide))
+    assert full == pytest.approx(2 * narrow, rel=1e-3)
+    assert list(subject._half_weights(replace(wide, peft_config=None))) == []
+
+
 def test_smallest_change_leaves_the_run_alone(run):
     run = run()
     before = dict(vars(run.args))

@@ -166,10 +166,18 @@ def test_rollouts_without_an_end_on_both_sides_ask_for_longer_ones():
 )
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_rollouts_with_a_fault_are_careful(who, completions, said, fix):
-    written = {"student": GOOD, "teacher": GOOD} | {who: Written(completions, [END])}
+    other = None if who == "student" else GOOD  # beside a teacher that ends, a longer limit is no help
+    written = {"student": other, "teacher": other} | {who: Written(completions, [END])}
     finding = rollout_finding(written["student"], written["teacher"], **LIMITS)
     assert finding.verdict == "careful" and said in finding.text and fix in finding.fix
     assert f"{who}'s" in finding.text
+
+
+def test_rollouts_of_a_student_cut_off_where_the_teachers_end_ask_for_training():
+    student = Written([[5, END], [5, 6, 7, 8, 9, 10], [7, 8, 9, 10, 11, 12]], [END])
+    finding = rollout_finding(student, GOOD, **LIMITS)
+    assert finding.verdict == "careful" and "has yet to learn to stop" in finding.text
+    assert "`trl sft`" in finding.fix and "Raise" not in finding.fix
 
 
 # Time

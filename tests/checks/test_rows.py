@@ -67,6 +67,13 @@ def test_truncation_of_4_rows_in_10_is_40_percent_and_stops():
     assert "`max_length=61`" in finding.fix
 
 
+def test_truncation_proposes_no_length_that_the_student_does_not_have():
+    kwargs = {"rows": sized(*[61] * 10), "options": {"max_length": 40}}
+    assert "Set `max_length=61`" in check(truncation_finding, **kwargs, student_context=61).fix
+    finding = check(truncation_finding, **kwargs, student_context=60)
+    assert finding.fix.startswith("Split or shorten") and "60 positions" in finding.fix
+
+
 @pytest.mark.parametrize(
     ("lost", "verdict"), [(0, "fine"), (1, "fine"), (2, "careful"), (39, "careful"), (40, "stop")]
 )

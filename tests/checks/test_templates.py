@@ -28,6 +28,9 @@ from trl_kd.checks.templates import (
 OFF = {"chat_template_kwargs": {"enable_thinking": False}}
 
 
+REFUSING = "{{ raise_exception('no such role') }}"
+
+
 def found(*args, **kwargs):
     subject = subject_of(*args, **kwargs)
     return template_finding(subject, prepare(subject))
@@ -179,6 +182,20 @@ def test_template_that_refuses_a_row_on_the_teachers_side_is_shown():
     turns = [{"role": "system", "content": "Be brief."}, *conversations(1)[0]["messages"]]
     finding = found(rows=[{"messages": turns}], teacher_tokenizer=with_template(refusing))
     assert finding.verdict == "careful" and "can't write this row: no system" in finding.sample
+    assert "The teacher's chat template refuses 1 of 1 rows (no system)" in finding.text
+
+
+@pytest.mark.parametrize(("side", "verdict"), [("student", "stop"), ("teacher", "careful")])
+def test_template_that_raises_is_named_with_what_it_says(side, verdict):
+    refusing = {"tokenizer" if side == "student" else "teacher_tokenizer": with_template(REFUSING)}
+    finding = found(**refusing)
+    assert finding.verdict == verdict
+    assert f"The {side}'s chat template refuses 10 of 10 rows (no such role)" in finding.text
+
+
+def test_template_that_raises_stops_where_the_teacher_reads_its_own():
+    teacher = of_llama(REFUSING)
+    assert found("dskd", teacher_tokenizer=teacher).verdict == "stop"
 
 
 def test_answer_end_is_the_first_marker_behind_an_answer():

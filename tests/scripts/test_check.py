@@ -166,6 +166,7 @@ def test_check_dataset_that_cannot_be_reached_is_careful(good, capsys, tmp_path)
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [
+        ("teacher_model_name_or_path", "./no-teacher", "memory"),
         ("dataset_name", "no.jsonl", "data"),
         ("model_name_or_path", "./no-student", "memory"),
         ("teacher_model_name_or_path", "/no/teacher", "memory"),
@@ -182,6 +183,59 @@ def test_check_split_that_is_not_there_stops_and_names_those_that_are(good, caps
     arguments = options(good["student"], good["teacher"], good["rows"], tmp_path, dataset_train_split="training")
     status, found, _ = checked(capsys, "amm", arguments)
     assert status == 1 and "has only ['train']" in found["data"]["text"]
+    assert found["data"]["fix"] == "Set `--dataset_train_split` to one that is there."
+
+
+def test_check_evaluation_without_its_split_stops(good, capsys, tmp_path):
+    arguments = options(good["student"], good["teacher"], good["rows"], tmp_path, eval_strategy="steps", eval_steps=5)
+    status, found, _ = checked(capsys, "amm", arguments)
+    assert status == 1 and "`dataset_test_split` is 'test'" in found["evaluation data"]["text"]
+    assert "--eval_strategy no" in found["evaluation data"]["fix"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("", "no rows"), ("hello\n", "could not be read: JSON"), ('{"a": "b"\n', "JSON")]
+)
+def test_check_file_without_a_row_that_can_be_read_stops(content, said, good, capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(content)
+    arguments = options(good["student"], good["teacher"], tmp_path / "rows.jsonl", tmp_path)
+    status, found, _ = checked(capsys, "amm", arguments)
+    assert status == 1 and found["data"]["verdict"] == "stop" and said in found["data"]["text"]
+    assert "one JSON object a line" in found["data"]["fix"]
+
+
+def test_check_folder_without_a_tokenizer_stops_and_says_to_save_one(good, capsys, tmp_path):
+    student = save(tmp_path / "student", good["models"][0])
+    status, found, _ = checked(capsys, "amm", options(student, good["teacher"], good["rows"], tmp_path))
+    assert status == 1 and found["tokenizers"]["verdict"] == "stop"
+    assert (
+        "there is nothing that can be read" in found["tokenizers"]["text"] and student in found["tokenizers"]["text"]
+    )
+    assert "`tokenizer.save_pretrained(...)`" in found["tokenizers"]["fix"]
+
+
+def test_check_of_a_student_out_of_reach_is_no_wrong_path_of_the_teacher(good, capsys, tmp_path):
+    arguments = options("someone/a-student", good["teacher"], good["rows"], tmp_path)
+    status, found, _ = checked(capsys, "amm", arguments)
+    assert status == 0 and found["memory"]["verdict"] == "careful"
+    assert "The student's configuration (`someone/a-student`)" in found["memory"]["text"]
+
+
+def test_check_of_a_teacher_out_of_reach_does_not_say_that_it_has_no_tokenizer(good, capsys, tmp_path):
+    # Its configuration is in the table
+    arguments = options(good["student"], "Qwen/Qwen3-0.6B", good["rows"], tmp_path)
+    status, found, _ = checked(capsys, "amm", arguments)
+    assert status == 0 and "The teacher's tokenizer (`Qwen/Qwen3-0.6B`)" in found["tokenizers"]["text"]
+    assert "vocabularies" not in found
+
+
+def test_check_keeps_warnings_of_libraries_to_itself(good, capsys, tmp_path, recwarn):
+    arguments = options(good["student"], good["teacher"], good["rows"], tmp_path, gradient_checkpointing="true")
+    capsys.readouterr()
+    cli.main(["check", "amm", *arguments])
+    told = capsys.readouterr().err
+    assert "it/s" not in told and "examples/s" not in told and "Warning" not in told
+    assert [str(warning.message) for warning in recwarn if warning.category is FutureWarning] == []
 
 
 def test_check_trainer_that_cannot_be_made_stops_with_its_message(good, capsys, tmp_path):
@@ -320,6 +374,7 @@ def test_check_leaves_nothing_behind(changes, good, capsys, tmp_path):
     more = {
         "push_to_hub": "true",
         "eval_strategy": "steps",
+        "dataset_test_split": "train",
         "eval_steps": 5,
         "load_best_model_at_end": "true",
         "save_steps": 5,

@@ -19,10 +19,6 @@ CAREFUL_SHARE = 0.9
 _WORTH_A_WORD = 2**30 // 20
 # Cards are sold by it: one of 24 GB has 24 GiB, less what the driver keeps
 GIB = 2**30
-_NOTHING_HELPS = (
-    "Nothing that is known here makes it fit. Take a smaller student, a smaller teacher or a cache of what it says "
-    "(`trl-kd cache`), or shorter rows (`--max_length`)."
-)
 # Optimizers that keep more than a byte per number
 _WIDE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "paged_adamw_32bit", "adamw_anyprecision")
 
@@ -166,7 +162,7 @@ def memory_finding(run: PlannedRun, budget: int, device_name: str) -> Finding:
     fix = ""
     if verdict != "fine":
         changes = smallest_change(run, budget)
-        fix = "Set " + "; or ".join(changes) + "." if changes else _NOTHING_HELPS
+        fix = "Set " + "; or ".join(changes) + "." if changes else _nothing_helps(run)
         if verdict == "careful" and not changes:
             fix = "Close what else uses the device, and watch the first steps."
     values = {
@@ -179,6 +175,16 @@ def memory_finding(run: PlannedRun, budget: int, device_name: str) -> Finding:
         "host": plan.host,
     }
     return Finding("memory", verdict, text, fix, values, _table(plan))
+
+
+def _nothing_helps(run: PlannedRun) -> str:
+    """What is left to do, of what the run can do."""
+    smaller = ["a smaller student"]
+    if run.teacher is not None:
+        smaller.append("a smaller teacher")
+        if next(_cached_teacher(run), None) is not None:
+            smaller.append("a cache of what it says (`trl-kd cache`)")
+    return f"No option makes it fit. Take {', '.join(smaller)} or shorter rows (`--max_length`)."
 
 
 def gib(size: float) -> str:
@@ -241,6 +247,13 @@ def _fewer_rollouts(run: PlannedRun) -> Iterator[Change]:
         yield Change(options, _with(run, rollout_batch_size=prompts))
 
 
+def _half_weights(run: PlannedRun) -> Iterator[Change]:
+    # Under an adapter they are not trained; the command's default is float32
+    if run.device_type == "cuda" and run.peft_config is not None and run.student_dtype == torch.float32:
+        options = "`--dtype bfloat16` (the student's frozen weights)"
+        yield Change(options, _with(run, {"student_dtype": torch.bfloat16}))
+
+
 def _small_optimizer(run: PlannedRun) -> Iterator[Change]:
     if run.device_type == "cuda" and run.args.optim in _WIDE_OPTIMIZERS:
         yield Change("`--optim paged_adamw_8bit` (moments in 8 bit)", _with(run, optim="paged_adamw_8bit"))
@@ -295,6 +308,7 @@ _CHANGES = (
     _split_batch,
     _checkpoint,
     _fewer_rollouts,
+    _half_weights,
     _small_optimizer,
     _small_teacher,
     _teacher_elsewhere,

@@ -155,6 +155,8 @@ def _of_rows(subject: "Subject", sample: Sample, rows: list, values: dict[str, A
         needed = keeping_length([len(row["input_ids"]) for row in sample.whole if not row[DROPPED]])
         reason = f"`max_length` ({subject.args.max_length}) cuts it off"
         fix = f"Set `max_length={needed}`."
+        if subject.student_context is not None and needed > subject.student_context:
+            fix = f"Split or shorten the rows: they have up to {needed} tokens, the student {subject.student_context}."
     elif "input_ids" in subject.rows[0]:
         reason, fix = _of_tokenised(subject, rows)
     elif any(row.get("truncated") for row in subject.rows):

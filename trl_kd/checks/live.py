@@ -17,6 +17,8 @@ _STANDARD_ERRORS = 2.0
 # Share of the nats of a guess among all tokens from which on a model knows next to nothing of a text
 _GUESSING = 0.9
 # Lower share of completions that end, and upper share of n-grams that were there before, of a sound student
+# Share of the teacher's that end, from which the limit is no reason for the student's
+_MOST_END = 0.9
 _FEW_ENDS, _MANY_REPEATS = 0.5, 0.3
 _NGRAM = 4
 _DAY = 86_400.0
@@ -292,6 +294,12 @@ def _problem(name: str, part: Written, teacher: Written | None, limit: int) -> t
             f"Check that the prompts end where the {name}'s chat template lets an answer begin.",
         )
     if part.eos_rate < _FEW_ENDS:
+        if name == "student" and teacher is not None and teacher.eos_rate >= _MOST_END:
+            return (
+                "Most of the student's are cut off, where the teacher's end: the student has yet to learn to stop.",
+                "Train it on completions first (`trl sft`, or `lmbda=0` for some steps), or lower `lmbda` so that "
+                "reference text shows it where to stop.",
+            )
         return (
             f"Most of the {name}'s are cut off.",
             f"Raise `max_completion_length` (now {limit}), or shorten what the prompts ask for.",

@@ -101,7 +101,9 @@ def prepare(subject: "Subject") -> Sample:
             whole.append(formatter(row))
             cut.append(limited(row))
     except ROW_ERRORS as error:
-        told = str(error) if isinstance(error, ValueError | TemplateError) else f"{type(error).__name__}: {error}"
+        told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, TemplateError):
+            told = f"the chat template refuses it ({error})"
         return Sample(error=f"Row {len(whole)} of the sample can't be written: {told}")
     return Sample(whole, cut)
 
@@ -207,6 +209,11 @@ def truncation_finding(subject: "Subject", sample: Sample) -> Finding:
     )
     text += f"; {no_room} of them are dropped, since their prompt leaves no room for a completion." if no_room else "."
     fix = f"Set `max_length={needed}`, which keeps {KEPT_SHARE:.0%} of the sampled rows whole, or shorten the rows."
+    if subject.student_context is not None and needed > subject.student_context:
+        fix = (
+            f"Split or shorten the rows: `max_length={needed}` would keep {KEPT_SHARE:.0%} of them whole, but the "
+            f"student has {subject.student_context} positions."
+        )
     return Finding(name, verdict_of(share), text, fix if share >= CAREFUL_SHARE else "", values)
 
 

@@ -85,12 +85,31 @@ def template_finding(subject: "Subject", sample: Sample) -> Finding:
         fix = "Set `chat_template_path`, or pass `prompt` and `completion` as text."
         return Finding(name, "stop", "The rows hold messages, but the student has no chat template.", fix, values)
     shown = _shown(subject, sample)
+    if (refusal := _refused(student, subject.rows)) is not None:
+        text = f"The student's chat template refuses {refusal}."
+        fix = "Change the rows as it says, or give another template by `chat_template_path`."
+        return Finding(name, "stop", text, fix, values, shown)
     if teacher is None:
         text = "The teacher reads what the student's chat template writes."
         return Finding(name, "fine", text, "", values, shown)
     if teacher.chat_template is None:
         return _no_teacher_template(subject, values, shown)
+    if (refusal := _refused(teacher, [read_by_teacher(subject, row) for row in subject.rows])) is not None:
+        text = f"The teacher's chat template refuses {refusal}, so it was not trained on such rows."
+        fix = "Change the rows as it says, or take a teacher whose template knows them."
+        return Finding(name, "stop" if subject.reads_own_text else "careful", text, fix, values, shown)
     return swapped_finding(subject, values, shown) or _compared(subject, values, shown)
+
+
+def _refused(tokenizer: Any, rows: list[dict[str, Any]]) -> str | None:
+    """How many of the rows a template refuses, and what it says of the first; `None` if it writes them all."""
+    rows, told = [row for row in rows[:_COMPARED] if is_conversational(row)], []
+    for row in rows:
+        try:
+            tokenizer.apply_chat_template(_messages(row), tokenize=False, **_options(row))
+        except (TemplateError, ValueError) as error:
+            told.append(str(error))
+    return f"{len(told)} of {len(rows)} rows ({visible(told[0])})" if told else None
 
 
 def _no_teacher_template(subject: "Subject", values: dict[str, Any], shown: str) -> Finding:

@@ -1,7 +1,10 @@
 """What the commands share: parsing their options, finding their dataset."""
 
+import logging
+import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +59,33 @@ def parse_options(
         except ValueError as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
     return tuple(parsed)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without progress bars, and without warnings of libraries about their own code, which nobody here can mend."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    bars = datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+    kernels = logging.getLogger("bitsandbytes")  # says at its import that a faster kernel for CPUs is not installed
+    level = kernels.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message=".*use_reentrant")
+        # PEFT looks at addresses, which a quantised base never shares; the export counts the weights it has written
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+        kernels.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            kernels.setLevel(level)
+            if not bars[0]:
+                datasets.enable_progress_bars()
+            if bars[1]:
+                transformers_logging.enable_progress_bar()
 
 
 def load_splits(name: str, config: str | None = None, streaming: bool = False) -> "DatasetDict | IterableDatasetDict":

@@ -139,6 +139,7 @@ def shown(findings: "list[Finding]", args: CheckArguments, title: str) -> str:
 def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Parse the command line, look, and print; the exit status says whether anything says stop."""
     from trl_kd.checks.finding import worst
+    from trl_kd.scripts.arguments import quiet_libraries
     from trl_kd.scripts.training import METHODS
 
     prog = prog or "trl-kd check"
@@ -154,10 +155,11 @@ def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    parsed = parse(method, options, f"{prog} {method}")
+    with quiet_libraries():
+        parsed = parse(method, options, f"{prog} {method}")
+        with redirect_stdout(sys.stderr):  # a program reads what is printed
+            findings = Check(method, *parsed).run()
     args = parsed[-1]
-    with redirect_stdout(sys.stderr):  # a program reads what is printed
-        findings = Check(method, *parsed).run()
     title = f"trl-kd {method}: {parsed[2].model_name_or_path}"
     print(shown(findings, args, title))
     return 1 if worst(findings) == "stop" else 0

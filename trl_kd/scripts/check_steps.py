@@ -27,6 +27,7 @@ class Check:
         self.model_args, self.dataset_args = model_args, dataset_args
         self.findings: list[Finding] = []
         self.reasons: list[str] = []  # why the models are not loaded
+        self.configs: dict[str, Any] = {}  # of student and teacher, those that could be read
 
     def run(self) -> "list[Finding]":
         """All that can be looked at, in the order of what it costs."""
@@ -60,12 +61,37 @@ class Check:
 
         self.findings.append(Finding(name, verdict, text, fix))
 
-    def missing(self, name: str, what: str, error: Exception, is_local: bool) -> None:
+    def missing(self, name: str, what: str, error: Exception, where: str | None, fix: str) -> None:
         """What could not be looked at: a wrong path ends the run, a missing connection may be this machine's."""
-        told = str(error).strip().partition("\n")[0]
+        is_local = _is_local(where)
+        told = str(error).strip().partition("\n")[0].rstrip() or type(error).__name__
+        told = told if len(told) <= 300 else f"{told[:299]}…"
+        if told.endswith(":"):  # a list follows, of what the library has tried
+            told = "there is nothing that can be read."
+        if is_local and not os.path.exists(where):
+            told, fix = f"`{where}` is meant as a path, and there is nothing.", "Correct the path."
+        elif not is_local:
+            fix = "Check the name, and that this machine reaches the Hub."
         self.reasons.append(f"{what} could not be read")
-        fix = "Correct the path." if is_local else "Check the name, and that this machine reaches the Hub."
         self.add(name, "stop" if is_local else "careful", f"{what} could not be read: {told}", fix)
+
+    def read_configs(self) -> bool:
+        """The models' configurations; whether all that are needed could be read."""
+        from trl_kd.checks.architectures import config_of
+        from trl_kd.trainer.setup import student_source
+
+        args, kwargs = self.training_args, self.training_args.teacher_model_init_kwargs or {}
+        wanted = {"student": (self.model_args.model_name_or_path, student_source(args))}
+        for name in teacher_names(args)[:1]:
+            wanted["teacher"] = (name, teacher_source(kwargs, args))
+        for side, (name, source) in wanted.items():
+            try:
+                self.configs[side] = config_of(name, **source)
+            except (ValueError, OSError) as error:
+                fix = "Give the folder of a saved model, with its `config.json`."
+                line = "memory" if not self.findings else "the teacher's memory"
+                self.missing(line, f"The {side}'s configuration (`{name}`)", error, name, fix)
+        return len(self.configs) == len(wanted)
 
     def plan(self) -> None:
         """Memory, from configurations alone."""
@@ -73,30 +99,57 @@ class Check:
 
         here, there = self.training_args.device.type, self.args.device_memory
         given = (self.method, self.script_args, self.training_args, self.model_args)
+        if not self.read_configs():
+            return
         try:
-            planned = planned_run(*given, device_type=here if there is None else "cuda")
-        except (ValueError, OSError) as error:
-            names = (self.model_args.model_name_or_path, *teacher_names(self.training_args))
-            self.missing("memory", "A model's configuration", error, any(map(_is_local, names)))
+            planned = planned_run(*given, **self.configs, device_type=here if there is None else "cuda")
+        except ValueError as error:
+            self.add("memory", "stop", f"There is no plan: {error}", "The run would end here too: see the message.")
             return
         finding = memory_of(planned, there, self.training_args.device)
         self.findings.append(finding)
         if there is not None and not self.args.plan_only:
-            finding = memory_of(planned_run(*given, device_type=here), None, self.training_args.device)
+            finding = memory_of(planned_run(*given, **self.configs, device_type=here), None, self.training_args.device)
         if finding.verdict == "stop":
             self.reasons.append("they do not fit this machine")
 
     def read_rows(self) -> tuple[list[dict[str, Any]], Any, int | None]:
         """The first rows of the training data, their types, and how many rows there are, as far as that is known."""
+        from trl_kd.scripts.arguments import select_split
+
+        name, fix = self.script_args.dataset_name, "See that the file has one JSON object a line, and at least one."
         try:
-            stream = _stream(self.script_args, self.dataset_args)
-            rows = list(islice(iter(stream), self.args.samples))
-            return rows, stream.features, self.count_rows(stream)
-        except (FileNotFoundError, ValueError) as error:
-            self.missing("data", "The dataset", error, _is_local(self.script_args.dataset_name))
+            splits = _splits(self.script_args, self.dataset_args)
+        except StopIteration:  # of an empty file
+            self.add("data", "stop", "The dataset has no rows, so there is nothing to train on.", fix)
+            return [], None, None
         except Exception as error:  # what a builder or a server raises is of any class
-            self.missing("data", "The dataset", error, is_local=False)
+            self.missing("data", "The dataset", error, name, fix)
+            return [], None, None
+        if self.training_args.eval_strategy != "no" and self.dataset_args.test_split_size is None:
+            self.has_split(splits, "evaluation data", "dataset_test_split", ", or set `--eval_strategy no`")
+        if not self.has_split(splits, "data", "dataset_train_split"):
+            return [], None, None
+        stream = select_split(splits, self.script_args.dataset_train_split, "dataset_train_split")
+        try:
+            rows = list(islice(iter(stream), self.args.samples))
+            if rows:
+                return rows, stream.features, self.count_rows(stream)
+            self.add("data", "stop", "The dataset has no rows, so there is nothing to train on.", fix)
+        except Exception as error:
+            self.missing("data", "The dataset", error, name, fix)
         return [], None, None
+
+    def has_split(self, splits: Any, name: str, option: str, otherwise: str = "") -> bool:
+        """Whether a split of the run is there; if it is not, the run would end."""
+        from trl_kd.scripts.arguments import select_split
+
+        try:
+            select_split(splits, vars(self.script_args)[option], option)
+        except ValueError as error:
+            self.add(name, "stop", str(error), f"Set `--{option}` to one that is there{otherwise}.")
+            return False
+        return True
 
     def count_rows(self, stream: Any) -> int | None:
         """Rows of the training data, if the run goes by epochs and it costs no download."""
@@ -116,32 +169,35 @@ class Check:
         """Tokenizers, templates and rows."""
         from trl_kd.checks.text import text_findings
 
+        path = self.model_args.model_name_or_path
         try:
             subject = self.subject(rows)
         except (ValueError, OSError) as error:
-            self.missing("tokenizers", "A tokenizer", error, _is_local(self.model_args.model_name_or_path))
+            fix = "Save the tokenizer in the model's folder: `tokenizer.save_pretrained(...)`."
+            self.missing("tokenizers", f"The student's tokenizer (`{path}`)", error, path, fix)
             return
-        if rows:
-            self.findings += text_findings(subject)
+        if rows and subject is not None:
+            # What could not be read is not "a teacher without a tokenizer"
+            unread = ("vocabularies",) if any("The teacher's" in reason for reason in self.reasons) else ()
+            self.findings += [finding for finding in text_findings(subject) if finding.name not in unread]
 
     def subject(self, rows: list[dict[str, Any]]) -> Any:
         """The run as the checks of text see it, from tokenizers and configurations."""
         from transformers import AutoTokenizer
 
         from trl_kd import _compat
-        from trl_kd.checks.architectures import config_of
         from trl_kd.checks.text import Subject
         from trl_kd.generation import eos_token_ids
         from trl_kd.trainer.setup import own_tokenizer, student_source
 
         path, source = self.model_args.model_name_or_path, student_source(self.training_args)
         tokenizer = own_tokenizer(None, path, copy.copy(self.training_args), source)
-        student = config_of(path, **source)
+        if (student := self.configs.get("student")) is None:
+            return None
         theirs: dict[str, Any] = dict.fromkeys(("teacher_tokenizer", "teacher_rows", "teacher_eos_token_ids"))
         names = teacher_names(self.training_args)
-        if names:
+        if names and (config := self.configs.get("teacher")) is not None:
             own = teacher_source(self.training_args.teacher_model_init_kwargs or {}, self.training_args)
-            config = config_of(names[0], **own)
             theirs |= {
                 "teacher_rows": config.get_text_config().vocab_size,
                 "teacher_context": _compat.context_length(config),
@@ -154,7 +210,7 @@ class Check:
                 }
             except (ValueError, OSError) as error:
                 if not os.path.isdir(names[0]):  # a folder without a tokenizer is a teacher without one
-                    self.missing("tokenizers", "The teacher's tokenizer", error, _is_local(names[0]))
+                    self.missing("tokenizers", f"The teacher's tokenizer (`{names[0]}`)", error, names[0], "")
         return Subject(
             method=self.method,
             args=self.training_args,
@@ -211,19 +267,17 @@ def _is_local(name: str | None) -> bool:
     )
 
 
-def _stream(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig") -> Any:
-    """The training split as a stream, so that its first rows cost nothing but themselves."""
+def _splits(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig") -> Any:
+    """The dataset as streams, so that the first rows cost nothing but themselves."""
     from trl import get_dataset
 
-    from trl_kd.scripts.arguments import load_splits, select_split
+    from trl_kd.scripts.arguments import load_splits
 
-    if dataset_args.datasets:
-        mixture = copy.copy(dataset_args)
-        mixture.streaming = True
-        splits = get_dataset(mixture)
-    else:
-        splits = load_splits(script_args.dataset_name, config=script_args.dataset_config, streaming=True)
-    return select_split(splits, script_args.dataset_train_split, "dataset_train_split")
+    if not dataset_args.datasets:
+        return load_splits(script_args.dataset_name, config=script_args.dataset_config, streaming=True)
+    mixture = copy.copy(dataset_args)
+    mixture.streaming, mixture.test_split_size = True, None  # a stream cannot be split
+    return get_dataset(mixture)
 
 
 def _without_traces(training_args: "KDConfig", folder: str) -> "KDConfig":

@@ -313,12 +313,13 @@ def make_parser(prog: str | None = None) -> "TrlParser":
 
 def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse the command line and export."""
-    from trl_kd.scripts.arguments import parse_options
+    from trl_kd.scripts.arguments import parse_options, quiet_libraries
 
     parser = make_parser(prog)
     (args,) = parse_options(parser, arguments, check=check_arguments)
     try:
-        main(args)
+        with quiet_libraries():
+            main(args)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 

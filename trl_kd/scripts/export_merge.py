@@ -159,8 +159,10 @@ def with_adapter(base: "PreTrainedModel", folder: Path) -> Any:
     try:
         return PeftModel.from_pretrained(base, folder).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        told = " ".join(str(error).split())
+        told = told if len(told) <= 400 else f"{told[:399]}…"  # it lists every matrix
         raise ValueError(
-            f"The adapter in `{folder}` does not fit the model under it: {error}. Pass the model that it was trained "
+            f"The adapter in `{folder}` does not fit the model under it: {told}. Pass the model that it was trained "
             "on by `--base_model_name_or_path`."
         ) from error
 
