@@ -6,7 +6,8 @@ Checks and times what needs a GPU, in one call.
 1. The gradients of every loss on a real vocabulary (151,936 tokens) against the plain form in float64.
 2. Time and peak memory in bfloat16 beside bare matrix products and TRL's losses, as `loss_bench.py` measures them.
 3. A few steps of AMMTrainer with rollouts on random models of that vocabulary, with LoRA and without, with each kind
-   of critic and the full on-policy gradient, and of DSKDTrainer, with one vocabulary and with two: time, memory.
+   of critic, the full on-policy gradient and other places for the teacher, and of DSKDTrainer, with one vocabulary and
+   with two: time, and peak memory beside what `trl-kd check` plans.
 
 Stops where a gradient is wrong or a loss not finite.
 
@@ -32,6 +33,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from trl_kd import AMMConfig, AMMTrainer, DSKDConfig, DSKDTrainer, SparseTDConfig, SparseTDTrainer
+from trl_kd.checks.memory import plan_memory
+from trl_kd.trainer.check import planned_run_of
 
 
 def check_losses(device: str, shape: Shape) -> dict[str, Any]:
@@ -81,6 +84,13 @@ SPARSE = {
         "gauge": "logsoftmax",
         "target_ema": 0.99,
     },
+}
+
+
+SOURCES = {
+    "the student's own base": {"teacher_adapter": "base"},
+    "offloaded teacher": {"teacher_device": "offload"},
+    "teacher on the CPU": {"teacher_device": "cpu"},
 }
 
 
@@ -144,9 +154,13 @@ def check_training(
         )
         peft_config = LoraConfig(r=8, target_modules="all-linear") if lora else None
         own = {"teacher_processing_class": teacher_tokenizer} if method == "dskd" else {}
+        student, teacher = models
+        teacher = None if args.teacher_adapter else teacher
+        del models
         trainer = trainer_class(
-            *models, args, Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config, **own
+            student, teacher, args, Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config, **own
         )
+        plan = plan_memory(planned_run_of(trainer, list(trainer.train_dataset)))
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         clock = StepClock(device)
@@ -163,6 +177,8 @@ def check_training(
         "seconds_of_first_step": first,
         "seconds_per_step": statistics.median(seconds),
         "peak_mib": peak,
+        # Of tensors: the reserve of the plan is for what PyTorch does not count
+        "planned_mib": (plan.peak - plan.components.get("reserve", 0)) / 2**20,
     }
 
 
@@ -178,6 +194,7 @@ def main() -> None:
     width, own, other = 64 if args.small else 1024, args.tokenizer, args.teacher_tokenizer
     runs = {name: ([own, own], {"method": "amm"} | options) for name, options in GAMES.items()}
     runs |= {name: ([own, own], {"method": "sparse_td"} | options) for name, options in SPARSE.items()}
+    runs |= {name: ([own, own], {"method": "amm"} | options) for name, options in SOURCES.items()}
     for name, options in DUAL.items():
         if other or "alignment" not in options:
             runs[name] = ([own, other if "alignment" in options else own], {"method": "dskd"} | options)

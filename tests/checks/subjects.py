@@ -4,7 +4,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import CHATML_TEMPLATE, SEED_TEXT, make_tokenizer
-from trl_kd.checks.text import Subject, text_findings
+from trl_kd.checks.subject import Subject
+from trl_kd.checks.text import text_findings
 from trl_kd.trainer.amm_config import AMMConfig
 from trl_kd.trainer.dskd_config import DSKDConfig
 from trl_kd.trainer.sparse_td_config import SparseTDConfig

@@ -8,15 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaConfig, TrainerCallback
 
 from tests.tiny import make_tokenizer
 from tests.trainer.dual import OTHER_TEXT, dual_pair
 from tests.trainer.dual import make_trainer as make_dual
 from tests.trainer.runs import config, logged, pair, same, state_of, tiny_dataset
 from tests.trainer.sparse import sparse_config, sparse_pair, sparse_rows
-from trl_kd import AMMTrainer, SparseTDTrainer
+from trl_kd import AMMConfig, AMMTrainer, SparseTDTrainer
 from trl_kd.checks.live import Written, rollout_finding
+from trl_kd.checks.memory import PlannedRun
 from trl_kd.data import KDCollator, prepare_dataset
 from trl_kd.generation import rollout_seed
 from trl_kd.teachers import LocalTeacher
@@ -477,3 +480,24 @@ def test_check_finds_a_collator_that_masks_every_end(tokenizer, tmp_path):
     finding = by_name(trainer.check(samples=8, quiet=True))["end of a completion"]
     assert finding.verdict == "stop" and "the collator masks it in `labels`" in finding.text
     assert "Leave out `data_collator`" in finding.fix
+
+
+def test_quantised_student_without_an_adapter_stops(tmp_path):
+    args = AMMConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    tiny = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    run = PlannedRun("amm", args, tiny, tiny, torch.bfloat16, student_bits=4, device_type="cpu")
+    finding = memory_of(run, 8.0, torch.device("cpu"))
+    assert finding.verdict == "stop" and "--use_peft true" in finding.fix
+    endless = AMMConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_length=None)
+    run = PlannedRun("amm", endless, tiny, tiny, torch.float32)
+    assert memory_of(run, 8.0, torch.device("cpu")).verdict == "careful"
+
+
+def test_base_of_the_student_writes_where_there_are_prompts_alone(tokenizer, tmp_path):
+    student, _ = pair(tokenizer)
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in tiny_dataset()])
+    args = config(tmp_path, teacher_adapter="base")
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    trainer = AMMTrainer(student, None, args, prompts, processing_class=tokenizer, peft_config=lora)
+    found = {finding.name: finding for finding in trainer.check(quiet=True)}
+    assert "not one teacher to write" not in found["likelihood"].text

@@ -11,7 +11,7 @@ from trl_kd.data.rows import CUT, DROPPED
 
 
 if TYPE_CHECKING:
-    from trl_kd.checks.text import Subject
+    from trl_kd.checks.subject import Subject
 
 
 _NAME = "alignment"

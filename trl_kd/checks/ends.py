@@ -12,7 +12,7 @@ from trl_kd.data.rows import CUT, DROPPED
 
 
 if TYPE_CHECKING:
-    from trl_kd.checks.text import Subject
+    from trl_kd.checks.subject import Subject
 
 
 # Below this share of rows that train an end, stopping is learned too seldom to be sure of

@@ -23,7 +23,7 @@ from trl_kd.data.rows import (
 
 
 if TYPE_CHECKING:
-    from trl_kd.checks.text import Subject
+    from trl_kd.checks.subject import Subject
 
 
 # Share of the rows from which a loss is worth a word, and from which a run should not start

@@ -15,7 +15,7 @@ from trl_kd.data.rows import DROPPED, answer_of
 
 
 if TYPE_CHECKING:
-    from trl_kd.checks.text import Subject
+    from trl_kd.checks.subject import Subject
 
 
 # What templates write around a message: <|im_start|>, <start_of_turn>, [INST], <s>

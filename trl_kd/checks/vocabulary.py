@@ -9,7 +9,7 @@ from trl_kd.teachers.vocabulary import tokens_beyond
 
 
 if TYPE_CHECKING:
-    from trl_kd.checks.text import Subject
+    from trl_kd.checks.subject import Subject
 
 
 NAME = "vocabularies"

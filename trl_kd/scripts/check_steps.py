@@ -186,7 +186,7 @@ class Check:
         from transformers import AutoTokenizer
 
         from trl_kd import _compat
-        from trl_kd.checks.text import Subject
+        from trl_kd.checks.subject import Subject
         from trl_kd.generation import eos_token_ids
         from trl_kd.trainer.setup import own_tokenizer, student_source
 

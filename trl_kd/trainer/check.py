@@ -16,7 +16,8 @@ from trl_kd.checks.finding import Finding
 from trl_kd.checks.live import likelihood_finding, rollout_finding, time_finding
 from trl_kd.checks.memory import PlannedRun
 from trl_kd.checks.render import as_text
-from trl_kd.checks.text import Subject, text_findings
+from trl_kd.checks.subject import Subject
+from trl_kd.checks.text import text_findings
 from trl_kd.generation import completion_text, eos_token_ids
 from trl_kd.teachers import CachedTeacher, LocalTeacher, TeacherGroup
 from trl_kd.trainer.probes import likelihoods, models_of, sample_rows, time_step, untouched, write
@@ -102,6 +103,11 @@ def memory_of(run: PlannedRun, device_memory_gb: float | None, device: torch.dev
     try:
         return memory_finding(run, budget, name)
     except ValueError as error:
+        if run.student_bits is not None and run.peft_config is None:
+            text = (
+                f"The student is quantised to {run.student_bits} bits without an adapter, so nothing can be trained."
+            )
+            return Finding("memory", "stop", text, "Set `--use_peft true --lora_target_modules all-linear`.")
         return Finding("memory", "careful", f"There is no plan: {error}")
 
 
@@ -275,7 +281,7 @@ def likelihood_findings(trainer: Any, rows: list[dict[str, Any]]) -> list[Findin
     written = not trained
     if written:
         prompts, teacher = [row for row in rows if row["prompt_length"] > 0], trainer.teacher
-        if not isinstance(teacher, LocalTeacher):
+        if not _writes(teacher):
             text = (
                 "Not looked at: the rows are prompts alone, and there is not one teacher to write their completions."
             )
