@@ -373,6 +373,23 @@ def test_teacher_prompt_beyond_the_teacher_s_context_drops_the_row(tokenizer, tm
     assert "Raise `max_position_embeddings` (now 512 tokens)" in caplog.text
 
 
+@pytest.mark.parametrize("is_path", [False, True])
+def test_teacher_prompt_beyond_the_base_s_context_drops_the_row(is_path, tokenizer, tmp_path):
+    """Positions of GPT-2 are learned, so there is none beyond."""
+    hints = ["sky " * 600, "sky"]
+    rows = Dataset.from_list(
+        [row | {"teacher_prompt": hint} for row, hint in zip(tiny_dataset(2), hints, strict=True)]
+    )
+    student, _ = pair(tokenizer, "gpt2")
+    if is_path:
+        student.save_pretrained(tmp_path / "student")
+        student = str(tmp_path / "student")
+    lora = LoraConfig(r=2, target_modules=["c_attn"])
+    trainer = make("amm", tmp_path, student, None, rows, tokenizer, teacher_adapter="base", peft=lora)
+    assert len(trainer.train_dataset) == 1
+    trainer.train()
+
+
 def test_lora_student_with_its_base_as_teacher_and_a_hint_learns_to_do_without(tokenizer, tmp_path):
     """What such a teacher is for (context distillation): the distance to the teacher that sees the hint falls."""
     student, _ = pair(tokenizer)

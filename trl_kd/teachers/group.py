@@ -61,6 +61,11 @@ class TeacherGroup:
         """Names of all."""
         return ", ".join(self.names)
 
+    @property
+    def context(self) -> int | None:
+        """The fewest positions of any of them."""
+        return min((each.context for each in self.teachers if each.context is not None), default=None)
+
     def ends(self, tokenizer: Any) -> list[int]:
         """Ids by which any of them ends a completion."""
         return sorted({token for teacher in self.teachers for token in teacher.ends(tokenizer)})

@@ -82,6 +82,11 @@ class LocalTeacher:
         """Number of rows of the teacher's head, padding included."""
         return self.model.get_output_embeddings().out_features
 
+    @property
+    def context(self) -> int | None:
+        """Positions that it has, if its configuration says so."""
+        return _compat.context_length(self.model.config)
+
     def ends(self, tokenizer: Any) -> list[int]:
         """Ids by which it ends a completion, with the EOS of a tokenizer."""
         return eos_token_ids(self.model, tokenizer)

@@ -31,12 +31,14 @@ class SharedTeacher:
         adapter (`str`):
             `"base"` for the base without an adapter; else the name of an adapter that the student holds, or a folder
             or Hub name of a saved one for the same base.
+        context (`int`, *optional*):
+            Positions that the student has, which is not there yet.
     """
 
     revision = None
 
-    def __init__(self, adapter: str):
-        self.adapter = adapter
+    def __init__(self, adapter: str, context: int | None = None):
+        self.adapter, self.context = adapter, context
         self.model: Any = None
         self._active = None if adapter == "base" else adapter
         self._vocab_size: int | None = None

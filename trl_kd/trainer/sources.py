@@ -5,7 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
+from trl_kd._compat import context_length
 from trl_kd.data import KDCollator
 from trl_kd.teachers import (
     CacheCollator,
@@ -16,6 +18,7 @@ from trl_kd.teachers import (
     shared_vocab_size,
 )
 from trl_kd.teachers.cache import check_top_p
+from trl_kd.trainer.setup import student_source
 from trl_kd.trainer.tokens import SelectedTokens, model_inputs
 
 
@@ -36,7 +39,9 @@ def own_teacher(teacher_model: Any, args: Any, student: Any) -> Teacher:
     if args.teacher_cache is not None:
         return _cached_teacher(teacher_model, args)
     if args.teacher_adapter is not None:
-        return SharedTeacher(args.teacher_adapter)
+        is_path = isinstance(student, str)
+        config = AutoConfig.from_pretrained(student, **student_source(args)) if is_path else student.config
+        return SharedTeacher(args.teacher_adapter, context_length(config))
     if teacher_model is None:
         raise ValueError(
             "There is no teacher: `teacher_model` is None, and so are `teacher_model_name_or_path`, "

@@ -5,9 +5,8 @@ from typing import Any
 
 from datasets import IterableDataset
 
-from trl_kd._compat import context_length
 from trl_kd.data import TeacherPrompt, map_rows, row_formatter
-from trl_kd.teachers import CachedTeacher, LocalTeacher, SharedTeacher, TeacherCache, TeacherGroup
+from trl_kd.teachers import CachedTeacher, TeacherCache, TeacherGroup
 from trl_kd.teachers.group import teacher_index
 from trl_kd.trainer.sources import Teacher
 
@@ -41,11 +40,10 @@ def teacher_columns(teacher: Teacher, args: Any, tokenizer: Any, eos_ids: list[i
         raw = {key: value for key, value in row.items() if key not in ("input_ids", "labels", "prompt_length")}
         options = {"text_field": args.dataset_text_field, "eos_token_ids": eos_ids, "name": name}
         formatter = row_formatter(raw, tokenizer, max_length=None, **options)
-        longest = None if isinstance(teacher, SharedTeacher) else _context(teacher)
-        function = TeacherPrompt(formatter, args.teacher_system_prompt, longest)
+        function = TeacherPrompt(formatter, args.teacher_system_prompt, teacher.context)
         num_proc = None if isinstance(dataset, IterableDataset) else args.dataset_num_proc
         description = f"Writing the teacher's prompts of {name} dataset"
-        return map_rows(dataset, function, longest, num_proc, name, description, "max_position_embeddings")
+        return map_rows(dataset, function, teacher.context, num_proc, name, description, "max_position_embeddings")
 
     return add_columns
 
@@ -68,13 +66,6 @@ def check_own_prompt(args: Any, came_as_ids: bool, name: str) -> None:
             f"{found[0]}, where one prompt before one completion cannot be told apart. Pass rows of text or messages, "
             "unpacked, and train the last turn alone."
         )
-
-
-def _context(teacher: LocalTeacher | TeacherGroup) -> int | None:
-    """Positions of the teacher; of several, the fewest."""
-    models = teacher.teachers if isinstance(teacher, TeacherGroup) else [teacher]
-    lengths = [context_length(each.model.config) for each in models]
-    return min((length for length in lengths if length is not None), default=None)
 
 
 def _cache_columns(teacher: CachedTeacher, args: Any, tokenizer: Any) -> Callable:
