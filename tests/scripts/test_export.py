@@ -2,10 +2,12 @@
 
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
@@ -90,6 +92,8 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_export_adapter_is_a_full_model_with_its_logits(base, tmp_path, name):
     (path, tied), (settings, stays_tied) = base, ADAPTERS[name]
+    if "ensure_weight_tying" in settings and Version(version("peft")) < Version("0.21"):
+        pytest.skip("PEFT 0.18 ties modules that are trained in full, and no adapters")
     adapter, expected = save_adapter(tmp_path / "adapter", path, **settings)
     before = plain_logits(path)
     facts = export(ExportArguments(adapter, str(tmp_path / "out")))

@@ -116,6 +116,8 @@ class SharedTeacher:
                 f"that the student holds ({held}), or a folder or Hub name with an `adapter_config.json`."
             ) from error
         self._check_config(config)  # such an adapter changes the student's base when it is loaded
+        # PEFT 0.18 freezes the active adapter too where the new one is not to be trained
+        trained = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
         try:
             student.load_adapter(path, adapter_name=_NAME, is_trainable=False)
         except KeyError as error:  # PEFT 0.21 looks for trained tokens in every adapter of a model that has some
@@ -130,6 +132,8 @@ class SharedTeacher:
                 f"{str(error).splitlines()[-1].strip()} An adapter belongs to the model that it was trained on. Take "
                 "one of the same base, or a teacher of its own by `teacher_model`."
             ) from error
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
         _compat.mend_adapter(student)
 
     def _check_config(self, config: Any) -> None:
