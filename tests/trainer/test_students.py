@@ -111,6 +111,8 @@ def test_qlora_student_trains_on_cpu(tokenizer, tmp_path, wide_pair):
     assert same(weights(trainer.teacher.model), teacher)
     base = AutoModelForCausalLM.from_pretrained(student_path, quantization_config=quantization, dtype=torch.float32)
     assert generates(PeftModel.from_pretrained(base, tmp_path), tokenizer)
+    trainer.create_model_card()  # `trl-kd export` reads there what the adapter has to be merged into
+    assert ", quantised (`load_in_4bit: True, bnb_4bit_quant_type: nf4`)" in (tmp_path / "README.md").read_text()
 
 
 def test_qlora_gradients_are_the_same_after_a_rollout(tokenizer, tmp_path, wide_pair):
