@@ -22,6 +22,33 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows the default of each option, and leaves the lines of the description as they are."""
 
 
+def option_parser(arguments: type, description: str, prog: str | None = None) -> "TrlParser":
+    """
+    Parser of a command whose options are the fields of one dataclass.
+
+    Args:
+        arguments (`type`):
+            The dataclass.
+        description (`str`):
+            What the command does.
+        prog (`str`, *optional*):
+            Name of the command, for its messages.
+
+    Returns:
+        `TrlParser`
+    """
+    from trl import TrlParser
+
+    return TrlParser(
+        arguments,
+        prog=prog,
+        allow_abbrev=False,
+        usage="%(prog)s [--config FILE.yaml] [options]",
+        description=description,
+        formatter_class=HelpFormatter,
+    )
+
+
 def parse_options(
     parser: "TrlParser", arguments: Sequence[str] | None, check: Callable[..., None] | None = None
 ) -> tuple[Any, ...]:

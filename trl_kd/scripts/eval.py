@@ -414,18 +414,9 @@ def share(
 
 def make_parser(prog: str | None = None) -> "TrlParser":
     """Parser of the options of `trl-kd eval`."""
-    from trl import TrlParser
+    from trl_kd.scripts.arguments import option_parser
 
-    from trl_kd.scripts.arguments import HelpFormatter
-
-    return TrlParser(
-        EvalArguments,
-        prog=prog,
-        allow_abbrev=False,
-        usage="%(prog)s [--config FILE.yaml] [options]",
-        description=DESCRIPTION,
-        formatter_class=HelpFormatter,
-    )
+    return option_parser(EvalArguments, DESCRIPTION, prog)
 
 
 def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -297,18 +297,9 @@ def main(args: ExportArguments) -> None:
 
 def make_parser(prog: str | None = None) -> "TrlParser":
     """Parser of the options of `trl-kd export`."""
-    from trl import TrlParser
+    from trl_kd.scripts.arguments import option_parser
 
-    from trl_kd.scripts.arguments import HelpFormatter
-
-    return TrlParser(
-        ExportArguments,
-        prog=prog,
-        allow_abbrev=False,
-        usage="%(prog)s [--config FILE.yaml] [options]",
-        description=DESCRIPTION,
-        formatter_class=HelpFormatter,
-    )
+    return option_parser(ExportArguments, DESCRIPTION, prog)
 
 
 def run(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
